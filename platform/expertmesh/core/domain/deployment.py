@@ -1,0 +1,49 @@
+"""A model deployment: what the manifest says, as plain values."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from expertmesh.core.domain.fleet import Parallelism
+from expertmesh.core.domain.moe import MoeShape
+from expertmesh.core.domain.slo import Slo
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingRules:
+    min_groups: int
+    max_groups: int
+    target_in_flight_per_group: float
+    """Queued and running requests that one group should carry."""
+    up_delay_s: float
+    """A higher need must last this long before a group is added."""
+    down_delay_s: float
+    """A lower need must last this long before a group is drained."""
+    drain_deadline_s: float
+    """A draining group with requests in flight is removed after this long."""
+    usd_per_hour_budget: float | None
+    """Groups of this model may not cost more than this together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tariff:
+    usd_per_mtok_in: float
+    usd_per_mtok_cached: float
+    usd_per_mtok_out: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDeployment:
+    name: str
+    source: str
+    """Absolute local folder or Hugging Face id."""
+    revision: str
+    shape: MoeShape | None
+    """None when the source is not a local folder: the engine will read it on its node."""
+    max_model_len: int
+    parallelism: Parallelism
+    pools: tuple[str, ...]
+    scaling: ScalingRules
+    slo: Slo
+    max_wait_s: float
+    tariff: Tariff
+    engine: dict[str, Any] = field(default_factory=dict)

@@ -1,0 +1,113 @@
+"""Groups and ranks: what runs, where it listens and what it costs.
+
+These values travel as JSON in the exchange between controller and gateways and in the arguments of
+a Serve application, so every field is a plain type.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class GroupState(StrEnum):
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    LOST = "lost"
+    GONE = "gone"
+
+
+@dataclass(frozen=True, slots=True)
+class Parallelism:
+    """How one group splits a model. A rank is one data-parallel attention rank."""
+
+    tensor: int
+    data: int
+    expert: int
+    """Experts are split over this many workers; 1 means that each rank holds all of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSpec:
+    """All that is needed to start one group; the `args` of its Serve application.
+
+    A controller that restarts reads the running groups back from these.
+    """
+
+    name: str
+    """`em-<model>-<pool>-<n>`; also the name and route prefix of the Serve application."""
+    model: str
+    model_source: str
+    """Local folder or Hugging Face id."""
+    pool: str
+    parallelism: Parallelism
+    max_model_len: int
+    usd_per_hour: float
+    """Price of all the nodes' shares that the group occupies."""
+    accelerator: str | None = None
+    """Accelerator type as Ray names it, or None for the CPU engine."""
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Extra vLLM engine arguments from the manifest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    index: int
+    base_url: str
+    """`http://ip:port/<route prefix>`; append `/v1/...`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    name: str
+    model: str
+    pool: str
+    state: GroupState
+    ranks: tuple[Rank, ...] = ()
+    """Addresses of the ranks; complete when the group is ready."""
+    world_size: int = 1
+    usd_per_hour: float = 0.0
+    expected_ready_at_s: float | None = None
+    """Unix time, for a group that is starting."""
+    message: str = ""
+    """Why the group is in this state, for a person, e.g. `pending: no room in pool X`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model deployment as the gateway needs to know it, whether or not a group of it runs."""
+
+    name: str
+    max_model_len: int
+    usd_per_mtok_in: float
+    usd_per_mtok_cached: float
+    usd_per_mtok_out: float
+    max_wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fleet:
+    """The controller's answer in the exchange."""
+
+    version: int
+    """Grows with every change; a gateway may skip work when it is unchanged."""
+    models: tuple[ServedModel, ...] = ()
+    groups: tuple[Group, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RankInfo:
+    """Answer of `GET /em/info` on a rank."""
+
+    group: str
+    model: str
+    rank: int
+    world_size: int
+    running: int
+    """Requests in the engine's batch."""
+    waiting: int
+    """Requests queued inside the engine."""
+    kv_usage: float
+    """Share of the KV cache in use, 0 to 1."""
+    expert_tokens: dict[str, int] = field(default_factory=dict)
+    """Global expert id to tokens routed to it since the start, summed over layers; own share only."""
