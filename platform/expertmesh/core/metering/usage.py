@@ -35,3 +35,7 @@ class UsageRecord:
     """Accepted to first body byte; None when no byte came."""
     duration_s: float
     tariff_usd: Decimal
+
+    @property
+    def finished_at_s(self) -> float:
+        return self.at_s + self.duration_s

@@ -1,0 +1,131 @@
+{{/* First part of all names; 40 characters leave room for the suffixes and for KubeRay's own. */}}
+{{- define "expertmesh.fullname" -}}
+{{- if .Values.nameOverride -}}
+{{- .Values.nameOverride | trunc 40 | trimSuffix "-" -}}
+{{- else if contains .Chart.Name .Release.Name -}}
+{{- .Release.Name | trunc 40 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name .Chart.Name | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* KubeRay makes a ServiceAccount, a Role and a RoleBinding of this name, so nothing of ours may have it. */}}
+{{- define "expertmesh.rayCluster" -}}
+{{- include "expertmesh.fullname" . }}-ray
+{{- end -}}
+
+{{- define "expertmesh.selectorLabels" -}}
+app.kubernetes.io/name: expertmesh
+app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/component: {{ .component }}
+{{- end -}}
+
+{{- define "expertmesh.labels" -}}
+{{ include "expertmesh.selectorLabels" . }}
+app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .root.Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version }}
+{{- end -}}
+
+{{/* Of .image, with the chart's appVersion as the tag when neither tag nor digest is given. */}}
+{{- define "expertmesh.image" -}}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
+{{- else -}}
+{{ .image.repository }}:{{ .image.tag | default .root.Chart.AppVersion }}
+{{- end -}}
+{{- end -}}
+
+{{- define "expertmesh.meshSecret" -}}
+{{- .Values.secrets.mesh.existingSecret | default (printf "%s-mesh-token" (include "expertmesh.fullname" .)) -}}
+{{- end -}}
+
+{{- define "expertmesh.raySecret" -}}
+{{- .Values.secrets.ray.existingSecret | default (printf "%s-ray-token" (include "expertmesh.fullname" .)) -}}
+{{- end -}}
+
+{{- define "expertmesh.storeClaim" -}}
+{{- include "expertmesh.fullname" . }}-store
+{{- end -}}
+
+{{- define "expertmesh.controllerUrl" -}}
+http://{{ include "expertmesh.fullname" . }}-controller:{{ .Values.platform.controller.port }}
+{{- end -}}
+
+{{- define "expertmesh.dashboardUrl" -}}
+http://{{ include "expertmesh.rayCluster" . }}-head-svc:8265
+{{- end -}}
+
+{{- define "expertmesh.meshTokenEnv" -}}
+- name: EXPERTMESH_MESH_TOKEN
+  valueFrom:
+    secretKeyRef:
+      name: {{ include "expertmesh.meshSecret" . }}
+      key: {{ .Values.secrets.mesh.key }}
+{{- end -}}
+
+{{- define "expertmesh.storeEnv" -}}
+- name: EXPERTMESH_STORE_URL
+  {{- if .Values.store.existingSecret }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ .Values.store.existingSecret }}
+      key: {{ .Values.store.key }}
+  {{- else }}
+  value: sqlite+aiosqlite:////var/lib/expertmesh/store.db
+  {{- end }}
+{{- end -}}
+
+{{/* The state folder: the shared volume of the SQLite store, else scratch space. */}}
+{{- define "expertmesh.stateVolume" -}}
+- name: state
+  {{- if .Values.store.existingSecret }}
+  emptyDir: {}
+  {{- else }}
+  persistentVolumeClaim:
+    claimName: {{ include "expertmesh.storeClaim" . }}
+  {{- end }}
+{{- end -}}
+
+{{- define "expertmesh.plainEnv" -}}
+{{- range $name, $value := . }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- end -}}
+
+{{- define "expertmesh.imagePullSecrets" -}}
+{{- with .Values.imagePullSecrets }}
+imagePullSecrets:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "expertmesh.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .affinity }}
+affinity:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{- define "expertmesh.podSecurityContext" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "expertmesh.containerSecurityContext" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+capabilities: {drop: [ALL]}
+{{- end -}}

@@ -1,0 +1,103 @@
+"""`expertmesh controller`: the control loop as a service."""
+
+import asyncio
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertmesh.cli.store import STORE_VARIABLE, sqlite_url
+from expertmesh.errors import ExpertMeshError, SetupError
+from expertmesh.launch.controller import ControllerSettings, serve_controller
+from expertmesh.spec.load import System, load_system
+
+MESH_TOKEN_VARIABLE = "EXPERTMESH_MESH_TOKEN"
+RAY_TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
+
+
+def controller(
+    files: Annotated[
+        list[Path],
+        typer.Option("-f", metavar="FILE", help="Manifests: one Platform, and the models."),
+    ],
+    dashboard_url: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Ray's dashboard. Default: this machine, as in the file."),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help=f"The store. Default: ${STORE_VARIABLE}, else the manifest's, else SQLite in "
+            ".expertmesh/<platform>/ here.",
+        ),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Default: as in the Platform file.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: as in the Platform file.")
+    ] = None,
+) -> None:
+    """Start, drain and replace groups until stopped; the groups outlive it.
+
+    The mesh token comes from EXPERTMESH_MESH_TOKEN or the file EXPERTMESH_MESH_TOKEN_PATH, Ray's
+    from RAY_AUTH_TOKEN or the file RAY_AUTH_TOKEN_PATH, and else both from the files that
+    `expertmesh up` keeps in .expertmesh/<platform>/.
+    """
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        system = load_system(files)
+        platform = system.platform
+        folder = Path.cwd() / ".expertmesh" / platform.name
+        settings = ControllerSettings(
+            host=host or platform.controller.host,
+            port=port or platform.controller.port,
+            dashboard_url=dashboard_url or f"http://127.0.0.1:{platform.ray_dashboard_port}",
+            mesh_token=_mesh_token(folder),
+            store_url=_store_url(store, system, folder),
+            manifests=system,
+            ray_token=read_token(RAY_TOKEN_VARIABLE, folder / "ray_token"),
+        )
+        asyncio.run(serve_controller(settings))
+    except ExpertMeshError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def read_token(variable: str, kept: Path) -> str | None:
+    """From the variable, else from the file that `<variable>_PATH` names, else from `kept`."""
+    value = os.environ.get(variable, "").strip()
+    if value:
+        return value
+    named = os.environ.get(f"{variable}_PATH", "").strip()
+    path = Path(named) if named else kept
+    if not named and not path.is_file():
+        return None
+    try:
+        value = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"{variable}_PATH: {path}: cannot be read: {error}") from None
+    if not value:
+        raise SetupError(f"{variable}: {path}: is empty; write the token into it")
+    return value
+
+
+def _mesh_token(folder: Path) -> str:
+    token = read_token(MESH_TOKEN_VARIABLE, folder / "mesh_token")
+    if token is None:
+        raise SetupError(
+            f"{MESH_TOKEN_VARIABLE}: not set; give controller, gateways and ranks the same secret, "
+            "for example from `openssl rand -hex 32`"
+        )
+    return token
+
+
+def _store_url(option: str | None, system: System, folder: Path) -> str:
+    chosen = option or os.environ.get(STORE_VARIABLE) or system.platform.store_url
+    if chosen:
+        return chosen
+    folder.mkdir(parents=True, exist_ok=True)
+    return sqlite_url(folder / "store.db")

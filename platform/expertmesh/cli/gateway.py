@@ -1,0 +1,76 @@
+"""`expertmesh gateway`: one gateway worker, as the chart starts it."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertmesh.cli.store import StoreOption, store_url
+from expertmesh.errors import ExpertMeshError, SetupError
+
+MESH_TOKEN_VARIABLE = "EXPERTMESH_MESH_TOKEN"
+
+
+def gateway(
+    controller_url: Annotated[
+        str, typer.Option(help="Where the controller listens, e.g. http://127.0.0.1:8700.")
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8800,
+    store: StoreOption = None,
+    mesh_token_file: Annotated[
+        Path | None,
+        typer.Option(help=f"File with the mesh token, instead of {MESH_TOKEN_VARIABLE}."),
+    ] = None,
+    drain_delay_s: Annotated[
+        float,
+        typer.Option(help="Seconds from turning unready to refusing connections.", min=0),
+    ] = 0.0,
+    drain_timeout_s: Annotated[
+        float, typer.Option(help="Seconds that open requests may take at shutdown.", min=0)
+    ] = 120.0,
+) -> None:
+    """Serve the OpenAI and Anthropic APIs in front of the groups of the fleet."""
+    # Here, so that the other commands need neither uvicorn nor aiohttp.
+    from expertmesh.gateway.limits import GatewayLimits
+    from expertmesh.launch.gateway import GatewaySettings, run_gateway
+
+    try:
+        run_gateway(
+            GatewaySettings(
+                host=host,
+                port=port,
+                controller_url=_http_url(controller_url),
+                store_url=store_url(store, Path.cwd()),
+                mesh_token=_mesh_token(mesh_token_file),
+                limits=GatewayLimits(drain_delay_s=drain_delay_s, drain_timeout_s=drain_timeout_s),
+            )
+        )
+    except ExpertMeshError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _http_url(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise SetupError(f"--controller-url: {url!r}: write it as http://host:port")
+    return url
+
+
+def _mesh_token(file: Path | None) -> str:
+    if file is None:
+        token = os.environ.get(MESH_TOKEN_VARIABLE, "").strip()
+        if not token:
+            raise SetupError(
+                f"{MESH_TOKEN_VARIABLE}: is not set; set it to the mesh token of the controller "
+                "and the ranks, or name its file with --mesh-token-file"
+            )
+        return token
+    try:
+        token = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SetupError(f"--mesh-token-file: {file}: cannot be read: {error}") from None
+    if not token:
+        raise SetupError(f"--mesh-token-file: {file}: is empty; write the mesh token into it")
+    return token

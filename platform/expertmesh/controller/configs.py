@@ -1,0 +1,55 @@
+"""From manifests to what the scaling core and the gateways need of them."""
+
+from expertmesh.core.domain.deployment import ModelDeployment, ScalingRules
+from expertmesh.core.domain.fleet import Parallelism, ServedModel
+from expertmesh.core.domain.hardware import Pool
+from expertmesh.core.scaling.contract import ScalingConfig, Timing
+
+_RETIRED_DRAIN_DEADLINE_S = 120.0
+
+
+def scaling_config(
+    deployment: ModelDeployment, pools: tuple[Pool, ...], timing: Timing
+) -> ScalingConfig:
+    return ScalingConfig(
+        model=deployment.name,
+        source=deployment.source,
+        parallelism=deployment.parallelism,
+        max_model_len=deployment.max_model_len,
+        rules=deployment.scaling,
+        pools=tuple(pool for pool in pools if pool.name in deployment.pools),
+        engine=deployment.engine,
+        timing=timing,
+    )
+
+
+def retired_config(model: str, timing: Timing) -> ScalingConfig:
+    """For groups of a model that is in no manifest any more: drain them all."""
+    return ScalingConfig(
+        model=model,
+        source="",
+        parallelism=Parallelism(tensor=1, data=1, expert=1),
+        max_model_len=0,
+        rules=ScalingRules(
+            min_groups=0,
+            max_groups=0,
+            target_in_flight_per_group=1.0,
+            up_delay_s=0.0,
+            down_delay_s=0.0,
+            drain_deadline_s=_RETIRED_DRAIN_DEADLINE_S,
+            usd_per_hour_budget=None,
+        ),
+        pools=(),
+        timing=timing,
+    )
+
+
+def served_model(deployment: ModelDeployment) -> ServedModel:
+    return ServedModel(
+        name=deployment.name,
+        max_model_len=deployment.max_model_len,
+        usd_per_mtok_in=deployment.tariff.usd_per_mtok_in,
+        usd_per_mtok_cached=deployment.tariff.usd_per_mtok_cached,
+        usd_per_mtok_out=deployment.tariff.usd_per_mtok_out,
+        max_wait_s=deployment.max_wait_s,
+    )

@@ -1,0 +1,325 @@
+"""Observe, decide, record, act: once a second, for every model.
+
+No failure of one step ends the loop, and while anything is unknown nothing is scaled down. A
+decision is recorded before it is acted on, so that a controller killed at any moment is continued
+by the next one.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from expertmesh.controller.apply import Applier, ServeWriter
+from expertmesh.controller.configs import retired_config
+from expertmesh.controller.fleet import FleetBoard
+from expertmesh.controller.gateways import GatewayBook
+from expertmesh.controller.health import StepHealth
+from expertmesh.controller.holds import CapacityKeeper, CapacityLedger
+from expertmesh.controller.journal import DecisionJournal, JournalStore
+from expertmesh.controller.metrics import ControllerMetrics
+from expertmesh.controller.observe import (
+    Observer,
+    RankProbe,
+    ServeView,
+    Snapshot,
+    Surroundings,
+    observation_of,
+)
+from expertmesh.core.domain.fleet import Fleet, GroupState, ServedModel
+from expertmesh.core.domain.traffic import GatewayReport
+from expertmesh.core.metering.capacity import CapacityHold
+from expertmesh.core.scaling.contract import (
+    Decision,
+    GroupRecord,
+    ModelState,
+    ScalingConfig,
+    Timing,
+)
+from expertmesh.core.scaling.policy import decide
+from expertmesh.core.scaling.replay import DecisionRecord
+
+_log = logging.getLogger(__name__)
+
+_TURN_EVERY_S = 1.0
+_SHORTEST_TURN_S = 0.2
+_SETTLE_S = 5.0
+"""Gateways report once a second: after this long every live one has been heard."""
+_STUCK_AFTER_S = 120.0
+"""A loop that has not turned for longer is taken for dead."""
+
+
+class ServeApi(ServeView, ServeWriter, Protocol):
+    """Ray Serve as the controller uses it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerParts:
+    serve: ServeApi
+    probe: RankProbe
+    journal: JournalStore
+    ledger: CapacityLedger
+    now_s: Callable[[], float]
+    """Unix time."""
+
+
+class Controller:
+    def __init__(
+        self,
+        parts: ControllerParts,
+        configs: Iterable[ScalingConfig],
+        models: Iterable[ServedModel],
+        timing: Timing,
+    ) -> None:
+        self._now_s = parts.now_s
+        self._timing = timing
+        self._configs = {config.model: config for config in configs}
+        self._retired: set[str] = set()
+        self._states: dict[str, ModelState] = {}
+        self._last: dict[str, Decision] = {}
+        self._open_holds: dict[str, CapacityHold] = {}
+        self._started_at_s = parts.now_s()
+        self._turned_at_s = self._started_at_s
+        self._is_restored = False
+        self._seen_serve = False
+        self._poke = asyncio.Event()
+
+        self._observer = Observer(parts.serve, parts.probe)
+        self._applier = Applier(parts.serve)
+        self._journal = DecisionJournal(parts.journal)
+        self._keeper = CapacityKeeper(parts.ledger)
+        self._gateways = GatewayBook(timing.gateway_forget_s)
+        # Milliseconds: above every version of an earlier controller, which adds one a change.
+        self._board = FleetBoard(models, first_version=int(self._started_at_s * 1000))
+        self._health = StepHealth()
+        self.metrics = ControllerMetrics()
+
+    # What the HTTP API asks
+
+    @property
+    def fleet(self) -> Fleet | None:
+        """None until the first decision: gateways then keep the fleet that they have."""
+        return self._board.fleet
+
+    def exchange(self, report: GatewayReport) -> Fleet | None:
+        self._gateways.receive(report, self._now_s())
+        fleet = self._board.fleet
+        if fleet is None:
+            return None
+        self._gateways.told(report.gateway, self._board.as_of_s)
+        if self._waits_in_vain(report):
+            self._poke.set()
+        return fleet
+
+    async def decisions(self, limit: int, model: str | None) -> list[dict[str, Any]]:
+        return await self._journal.newest(limit, model)
+
+    def summaries(self) -> dict[str, dict[str, Any]]:
+        """The newest decision of each model, in a few words."""
+        return {
+            model: {
+                "reason": decision.reason,
+                "pending": decision.pending,
+                "wanted": decision.state.wanted,
+                "need": decision.need,
+                "queued": decision.demand.queued,
+                "running": decision.demand.running,
+            }
+            for model, decision in sorted(self._last.items())
+        }
+
+    def not_ready(self) -> dict[str, str]:
+        """By step, why the controller cannot do its work; empty when it can."""
+        problems = self._health.repeated()
+        if self._board.fleet is None:
+            problems.setdefault("start", "no decision has been made yet")
+        return problems
+
+    def is_stuck(self) -> bool:
+        return self._now_s() - self._turned_at_s > _STUCK_AFTER_S
+
+    # The loop
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop`; the groups stay as they are."""
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            while not stop.is_set():
+                await self.turn()
+                await self._pause(stopped)
+        finally:
+            stopped.cancel()
+            await self._applier.close()
+            await self._step("capacity ledger", self._keeper.write(self._records(), self._now_s()))
+
+    async def turn(self) -> None:
+        began_s = self._now_s()
+        try:
+            await self._turn()
+        except Exception as error:
+            _log.exception("the loop's turn failed")
+            self._health.failed("turn", f"{type(error).__name__}: {error}")
+        else:
+            self._health.succeeded("turn")
+        self._turned_at_s = self._now_s()
+        self.metrics.turned(
+            self._states,
+            self._gateways.ages_s(self._turned_at_s),
+            self._turned_at_s,
+            max(0.0, self._turned_at_s - began_s),
+        )
+
+    async def _turn(self) -> None:
+        if not self._is_restored:
+            await self._step("restore", self._restore())
+            if not self._is_restored:
+                return
+        snapshot = await self._observer.look(self._records())
+        for what in ("applications", "nodes", "placement groups"):
+            if what in snapshot.problems:
+                self._health.failed(f"observe {what}", snapshot.problems[what])
+            else:
+                self._health.succeeded(f"observe {what}")
+        if snapshot.applications is not None:
+            await self._meet(snapshot)
+        now_s = self._now_s()
+        self._gateways.forget_silent(now_s)
+        for model in sorted(self._configs):
+            await self._step(f"decide {model}", self._decide(self._configs[model], snapshot, now_s))
+        self._drop_retired()
+        if self._seen_serve or any(state.groups for state in self._states.values()):
+            self._board.show(self._states, now_s)
+        if snapshot.applications is not None:
+            await self._step(
+                "apply", self._applier.apply(self._states.values(), snapshot.applications, now_s)
+            )
+        await self._step("capacity ledger", self._keeper.write(self._records(), now_s))
+
+    async def _restore(self) -> None:
+        for model in self._configs:
+            await self._restore_model(model)
+        self._open_holds = await self._keeper.open_holds(self._now_s())
+        names = [record.spec.name for record in self._records()]
+        await self._journal.write_started(self._now_s(), names)
+        self._is_restored = True
+
+    async def _restore_model(self, model: str) -> None:
+        last = await self._journal.last(model)
+        if last is None:
+            self._states[model] = ModelState()
+            return
+        self._states[model] = last.decision.state
+        self._gateways.recall(model, last.observation.gateways, self._now_s())
+        if last.decision.state.groups:
+            names = ", ".join(record.spec.name for record in last.decision.state.groups)
+            _log.info("continuing with the recorded groups of %s: %s", model, names)
+
+    async def _meet(self, snapshot: Snapshot) -> None:
+        """Groups of models that are in no manifest any more; and, once, holds without a group."""
+        applications = snapshot.applications or ()
+        for app in applications:
+            if app.spec is not None and app.spec.model not in self._configs:
+                model = app.spec.model
+                _log.warning("%s belongs to %s, which no manifest has: draining", app.name, model)
+                await self._restore_model(model)
+                self._configs[model] = retired_config(model, self._timing)
+                self._retired.add(model)
+        if self._seen_serve:
+            return
+        self._seen_serve = True
+        held = {app.name for app in applications} | {r.spec.name for r in self._records()}
+        self._keeper.close_forgotten(
+            hold for name, hold in self._open_holds.items() if name not in held
+        )
+
+    async def _decide(self, config: ScalingConfig, snapshot: Snapshot, now_s: float) -> None:
+        before = self._states[config.model]
+        elsewhere = tuple(
+            record
+            for model, state in sorted(self._states.items())
+            if model != config.model
+            for record in state.groups
+        )
+        around = Surroundings(
+            gateways=self._gateways.seen(
+                config.model,
+                [record.spec.name for record in before.groups],
+                stale_from_s=now_s - self._timing.gateway_stale_s - 1.0,
+            ),
+            elsewhere=elsewhere,
+            held_since_s={name: hold.started_at_s for name, hold in self._open_holds.items()},
+            settled=self._is_settled(now_s),
+        )
+        observation = observation_of(config, before, snapshot, around)
+        decision = decide(config, before, observation, now_s)
+        record = DecisionRecord(now_s, config, before, observation, decision)
+        if self._journal.is_due(record):
+            try:
+                seq = await self._journal.write(record)
+                self._health.succeeded("journal")
+                _log.info("decision %d for %s: %s", seq, config.model, decision.reason)
+            except Exception as error:
+                self._health.failed("journal", f"{type(error).__name__}: {error}")
+                # What cannot be recorded is not done; what was seen still counts.
+                observation = replace(observation, journal_writes=False)
+                decision = decide(config, before, observation, now_s)
+        self._take(decision, before, now_s)
+
+    def _take(self, decision: Decision, before: ModelState, now_s: float) -> None:
+        self._states[decision.model] = decision.state
+        self._last[decision.model] = decision
+        self.metrics.decided(decision, before)
+        gone = {step.group for step in decision.transitions if step.after is GroupState.GONE}
+        for record in before.groups:
+            if record.spec.name in gone:
+                self._keeper.end(record, now_s)
+
+    def _drop_retired(self) -> None:
+        for model in [model for model in self._retired if not self._states[model].groups]:
+            self._retired.remove(model)
+            for known in (self._configs, self._states, self._last):
+                known.pop(model, None)
+
+    def _is_settled(self, now_s: float) -> bool:
+        """Every gateway that an earlier controller knew has reported or has ended."""
+        return now_s - self._started_at_s >= _SETTLE_S and not self._gateways.awaited
+
+    def _records(self) -> list[GroupRecord]:
+        return [record for state in self._states.values() for record in state.groups]
+
+    def _waits_in_vain(self, report: GatewayReport) -> bool:
+        """Requests wait for a model that has no group and none on the way."""
+        return any(
+            traffic.queued_requests + traffic.wake_requests > 0
+            and not self._states.get(model, ModelState()).groups
+            for model, traffic in report.models.items()
+            if model in self._configs
+        )
+
+    async def _step(self, name: str, work: Awaitable[None]) -> None:
+        try:
+            await work
+        except Exception as error:
+            _log.debug("%s failed", name, exc_info=True)
+            self._health.failed(name, f"{type(error).__name__}: {error}")
+        else:
+            self._health.succeeded(name)
+
+    async def _pause(self, stopped: "asyncio.Task[bool]") -> None:
+        """Until the next turn: after a second, when a decision falls due, or when poked."""
+        now_s = self._now_s()
+        due_s = min(
+            [now_s + _TURN_EVERY_S, *(decision.wake_at_s for decision in self._last.values())]
+        )
+        poked = asyncio.create_task(self._poke.wait())
+        try:
+            await asyncio.wait({stopped}, timeout=_SHORTEST_TURN_S)
+            await asyncio.wait(
+                {stopped, poked},
+                timeout=max(0.0, due_s - now_s - _SHORTEST_TURN_S),
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            poked.cancel()
+            self._poke.clear()

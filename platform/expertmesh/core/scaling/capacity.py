@@ -1,0 +1,41 @@
+"""Room in the pools and what a group costs in each."""
+
+from collections.abc import Iterable
+
+from expertmesh.core.domain.fleet import Parallelism
+from expertmesh.core.domain.hardware import Market, Pool
+from expertmesh.core.scaling.contract import GroupRecord, PoolSeen, workers_of
+
+
+def capacity_workers(pool: Pool, seen: PoolSeen | None) -> int | None:
+    """Workers that the pool can hold, or None when that is not known now.
+
+    A local pool is the nodes that it has. Every other pool can grow to its limit: a group that is
+    pending makes Ray's autoscaler add nodes. An external pool holds no groups.
+    """
+    if pool.market is Market.EXTERNAL:
+        return 0
+    if pool.market is Market.LOCAL:
+        return seen.live_workers if seen else None
+    return pool.max_nodes * pool.workers_per_node
+
+
+def room_workers(
+    pool: Pool, seen: PoolSeen | None, own_groups: Iterable[GroupRecord]
+) -> int | None:
+    """Workers still free in the pool; a group holds its place until it is gone."""
+    capacity = capacity_workers(pool, seen)
+    if capacity is None:
+        return None
+    used = seen.used_elsewhere if seen else 0
+    used += sum(
+        workers_of(record.spec.parallelism)
+        for record in own_groups
+        if record.spec.pool == pool.name
+    )
+    return capacity - used
+
+
+def cheapest_first(pools: tuple[Pool, ...], parallelism: Parallelism) -> list[Pool]:
+    workers = workers_of(parallelism)
+    return sorted(pools, key=lambda pool: (pool.usd_per_hour(workers), pool.name))

@@ -1,0 +1,227 @@
+"""What the scaling core is given and what it gives back.
+
+Plain values that travel as JSON: a journal of them replays to the same decisions.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from expertmesh.core.domain.deployment import ScalingRules
+from expertmesh.core.domain.fleet import GroupSpec, GroupState, Parallelism, Rank
+from expertmesh.core.domain.hardware import Pool
+from expertmesh.core.scaling.demand import Demand, GatewaySeen
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How patient the controller is; the same for every model."""
+
+    gateway_stale_s: float = 5.0
+    """A gateway silent for longer keeps its last value and forbids scaling down."""
+    gateway_forget_s: float = 60.0
+    """A gateway silent for longer has ended: worker ids are never used again."""
+    probe_failures: int = 3
+    """Unanswered probes of one rank in a row that make its group lost."""
+    first_start_s: float = 60.0
+    """Assumed time to ready of a pool in which no start has been measured yet."""
+    start_deadline_s: float = 900.0
+    """A group that is not ready by then has failed to start."""
+    restart_grace_s: float = 60.0
+    """Time for Serve to restart a broken gang; it notices a dead engine after about 26 s."""
+    placement_patience_s: float = 30.0
+    """A group whose replicas have no process for longer is shown as pending; a process that has
+    its place starts in 5 to 20 s, nearly all of it Python imports."""
+    backoff_first_s: float = 10.0
+    backoff_max_s: float = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class ScalingConfig:
+    """One model deployment and the pools that it may use."""
+
+    model: str
+    source: str
+    parallelism: Parallelism
+    max_model_len: int
+    rules: ScalingRules
+    pools: tuple[Pool, ...]
+    engine: dict[str, Any] = field(default_factory=dict)
+    timing: Timing = Timing()
+
+
+def workers_of(parallelism: Parallelism) -> int:
+    """Engine workers of one group."""
+    return parallelism.data * parallelism.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class GroupRecord:
+    """What the controller remembers about one group until it is gone."""
+
+    spec: GroupSpec
+    state: GroupState
+    since_s: float
+    """When the group entered its state."""
+    requested_at_s: float
+    """When it was asked for: it costs from here on."""
+    expected_ready_at_s: float | None = None
+    message: str = ""
+    ranks: tuple[Rank, ...] = ()
+    """Addresses when it was last ready."""
+    members: tuple[str, ...] = ()
+    """`<node>/<process>` of each rank's replica when it was last ready: other ones mean that Serve
+    restarted the gang."""
+    served: bool = False
+    """It has been ready before."""
+    adopted: bool = False
+    """Found running; the time of its start is not known."""
+    failed_start: bool = False
+    removed_at_s: float | None = None
+    """Since when it is left out of the set of wanted applications."""
+
+
+class WindowDirection(StrEnum):
+    UP = "up"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A need that differs from what is wanted, and how long it has done so."""
+
+    direction: WindowDirection
+    since_s: float
+    bound: int
+    """The smallest higher need, or the largest lower one, since then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Backoff:
+    failures: int
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    wanted: int = 0
+    """Groups that the policy holds on to, before budget and room."""
+    next_n: int = 1
+    """Number of the next group's name; never used twice."""
+    groups: tuple[GroupRecord, ...] = ()
+    window: Window | None = None
+    backoff: dict[str, Backoff] = field(default_factory=dict)
+    """By pool: starts failed there lately."""
+    start_s: dict[str, float] = field(default_factory=dict)
+    """By pool: moving average of the time from asking for a group to its being ready."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSeen:
+    state: str
+    """Serve's word."""
+    member: str | None
+    """`<node>/<process>`, or None while it has no process."""
+    node_alive: bool | None
+    """None while it has no node, or when the nodes could not be listed."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApplicationSeen:
+    status: str
+    """Serve's word."""
+    message: str
+    replicas: tuple[ReplicaSeen, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RankSeen:
+    base_url: str
+    failures: int
+    """Probes in a row that this address has not answered."""
+    index: int | None = None
+    """As the rank says; None when it did not answer, or answered for another group."""
+    world_size: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupSeen:
+    name: str
+    application: ApplicationSeen | None
+    ranks: tuple[RankSeen, ...] = ()
+    placement_group: bool | None = None
+    """Whether its placement group exists; None when that was not asked or not answered."""
+    spec: GroupSpec | None = None
+    """As Serve has it; given only where the state does not say the same."""
+    held_since_s: float | None = None
+    """Start of its open entry in the ledger, for a group that is adopted."""
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSeen:
+    name: str
+    live_workers: int | None
+    """Workers that fit on the nodes that Ray has now; None when they could not be listed."""
+    used_elsewhere: int
+    """Workers of other models' groups."""
+    staying_elsewhere: int = 0
+    """The part of them that is not being removed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    groups: tuple[GroupSeen, ...] = ()
+    pools: tuple[PoolSeen, ...] = ()
+    gateways: tuple[GatewaySeen, ...] = ()
+    serve_answers: bool = True
+    """False: nothing about applications is known, so nothing is started, drained or removed."""
+    journal_writes: bool = True
+    """False: a decision could not be recorded, so nothing is started, drained or removed."""
+    settled: bool = True
+    """False just after the controller's start: gateways may not have reported yet."""
+    names_elsewhere: tuple[str, ...] = ()
+    """Names of applications that are not groups of this model."""
+
+
+class ActionKind(StrEnum):
+    START = "start"
+    DRAIN = "drain"
+    RECALL = "recall"
+    """Route to a draining group again: cheaper than a cold start."""
+    REMOVE = "remove"
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    kind: ActionKind
+    group: str
+    why: str
+    spec: GroupSpec | None = None
+    """For a start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    group: str
+    pool: str
+    before: GroupState | None
+    """None: adopted or asked for."""
+    after: GroupState
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    model: str
+    state: ModelState
+    actions: tuple[Action, ...]
+    transitions: tuple[Transition, ...]
+    demand: Demand
+    need: int
+    """Groups that the work asks for, within min and max."""
+    pending: str | None
+    """`pending: …` when fewer groups can be had than are wanted."""
+    reason: str
+    """One sentence with the numbers that it rests on."""
+    wake_at_s: float
+    """When time alone would change the decision; observe again by then."""

@@ -1,0 +1,82 @@
+"""Work that waits or runs, from what gateways report."""
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySeen:
+    """The last report of one gateway worker, as far as one model is concerned."""
+
+    gateway: str
+    heard_at_s: float
+    """Controller's time at which the report came in."""
+    knows_s: float | None
+    """The report was sent by a gateway that had the fleet as of this time; None: no fleet yet."""
+    queued: int = 0
+    waking: int = 0
+    oldest_wait_s: float = 0.0
+    in_flight: dict[str, int] = field(default_factory=dict)
+    """By group."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    queued: int = 0
+    running: int = 0
+    oldest_wait_s: float = 0.0
+    live_gateways: int = 0
+    stale_gateways: int = 0
+    """Silent too long to be believed, not long enough to have ended."""
+    oldest_report_s: float | None = None
+    """Age of the oldest report counted here."""
+
+    @property
+    def work(self) -> int:
+        return self.queued + self.running
+
+
+def measure(
+    gateways: tuple[GatewaySeen, ...],
+    groups: Collection[str],
+    now_s: float,
+    *,
+    stale_s: float,
+    forget_s: float,
+) -> Demand:
+    """A stale report counts with its last value; one older than `forget_s` not at all."""
+    counted = [seen for seen in gateways if now_s - seen.heard_at_s <= forget_s]
+    ages = [now_s - seen.heard_at_s for seen in counted]
+    stale = sum(age > stale_s for age in ages)
+    return Demand(
+        queued=sum(max(seen.queued, seen.waking) for seen in counted),
+        running=sum(seen.in_flight.get(group, 0) for seen in counted for group in groups),
+        oldest_wait_s=max((seen.oldest_wait_s for seen in counted), default=0.0),
+        live_gateways=len(counted) - stale,
+        stale_gateways=stale,
+        oldest_report_s=max(ages, default=None),
+    )
+
+
+def is_drained(
+    group: str,
+    since_s: float,
+    gateways: tuple[GatewaySeen, ...],
+    now_s: float,
+    *,
+    stale_s: float,
+    forget_s: float,
+) -> bool:
+    """Every gateway knew of the drain when it last reported, and had nothing at the group.
+
+    A gateway that is silent may still have requests there, and with no gateway at all nothing is
+    known: then only the deadline ends the drain.
+    """
+    counted = [seen for seen in gateways if now_s - seen.heard_at_s <= forget_s]
+    return bool(counted) and all(
+        now_s - seen.heard_at_s <= stale_s
+        and seen.knows_s is not None
+        and seen.knows_s >= since_s
+        and seen.in_flight.get(group, 0) == 0
+        for seen in counted
+    )

@@ -1,0 +1,115 @@
+"""The tables, as they stand after the newest migration; a test compares the two."""
+
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Dialect,
+    Double,
+    Index,
+    Integer,
+    MetaData,
+    Numeric,
+    String,
+    Table,
+    Text,
+)
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+
+class ExactNumeric(TypeDecorator[Decimal]):
+    """A Decimal with all its digits: NUMERIC, or text on SQLite, whose numbers are binary."""
+
+    impl = Numeric
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        return dialect.type_descriptor(String() if dialect.name == "sqlite" else Numeric())
+
+    def process_bind_param(self, value: Decimal | None, dialect: Dialect) -> Any:
+        if value is None:
+            return None
+        if not isinstance(value, Decimal) or not value.is_finite():
+            raise TypeError(f"an exact amount must be a finite Decimal, got {value!r}")
+        return str(value) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> Decimal | None:
+        return None if value is None else Decimal(value)
+
+
+# SQLite counts up only columns that are plain INTEGER.
+_Serial = BigInteger().with_variant(Integer, "sqlite")
+
+metadata = MetaData()
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    Column("id", String, primary_key=True),
+    Column("sha256", String(64), nullable=False, unique=True),
+    Column("prefix", String, nullable=False),
+    Column("tenant", String, nullable=False),
+    Column("name", String, nullable=False),
+    Column("created_at_s", Double, nullable=False),
+    Column("expires_at_s", Double),
+    Column("revoked_at_s", Double),
+)
+
+usage_records = Table(
+    "usage_records",
+    metadata,
+    Column("request_id", String, primary_key=True),
+    Column("at_s", Double, nullable=False),
+    Column("finished_at_s", Double, nullable=False),
+    Column("tenant", String, nullable=False),
+    Column("key_id", String, nullable=False),
+    Column("model", String, nullable=False),
+    Column("group_name", String, nullable=False),
+    Column("pool", String, nullable=False),
+    Column("endpoint", String, nullable=False),
+    Column("outcome", String, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("cached_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("queue_s", Double, nullable=False),
+    Column("ttft_s", Double),
+    Column("duration_s", Double, nullable=False),
+    Column("tariff_usd", ExactNumeric, nullable=False),
+    Index("ix_usage_records_at_s", "at_s"),
+    Index("ix_usage_records_finished_at_s", "finished_at_s"),
+)
+
+capacity_holds = Table(
+    "capacity_holds",
+    metadata,
+    Column("group_name", String, primary_key=True),
+    Column("started_at_s", Double, primary_key=True),
+    Column("model", String, nullable=False),
+    Column("pool", String, nullable=False),
+    Column("usd_per_hour", ExactNumeric, nullable=False),
+    Column("seen_at_s", Double, nullable=False),
+    Column("ended_at_s", Double),
+)
+# Group names come back after a group is gone; at most one hold of a name is open.
+Index(
+    "ux_capacity_holds_open",
+    capacity_holds.c.group_name,
+    unique=True,
+    sqlite_where=capacity_holds.c.ended_at_s.is_(None),
+    postgresql_where=capacity_holds.c.ended_at_s.is_(None),
+)
+
+journal_entries = Table(
+    "journal_entries",
+    metadata,
+    Column("seq", _Serial, primary_key=True, autoincrement=True),
+    Column("at_s", Double, nullable=False),
+    Column("kind", String, nullable=False),
+    Column("model", String),
+    Column("payload_json", Text, nullable=False),
+    Index("ix_journal_entries_model_seq", "model", "seq"),
+    # A number is never given out again, not even after the newest entries were deleted.
+    sqlite_autoincrement=True,
+)

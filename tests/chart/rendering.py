@@ -1,0 +1,94 @@
+"""Render the chart with the real helm, and read what came out."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+REPOSITORY = Path(__file__).parents[2]
+CHART = REPOSITORY / "helm" / "expertmesh"
+PROFILES = tuple(sorted((CHART / "profiles").glob("*.yaml")))
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    objects: tuple[dict[str, Any], ...]
+
+    def all(self, kind: str) -> tuple[dict[str, Any], ...]:
+        return tuple(each for each in self.objects if each["kind"] == kind)
+
+    def one(self, kind: str, suffix: str = "") -> dict[str, Any]:
+        (found,) = (each for each in self.all(kind) if each["metadata"]["name"].endswith(suffix))
+        return found
+
+    def pod_templates(self) -> dict[str, dict[str, Any]]:
+        """Every pod's metadata and spec, by a name for messages."""
+        templates = {
+            f"Deployment {each['metadata']['name']}": each["spec"]["template"]
+            for each in self.all("Deployment")
+        }
+        templates |= {f"Pod {each['metadata']['name']}": each for each in self.all("Pod")}
+        spec = self.one("RayCluster")["spec"]
+        templates["Ray head"] = spec["headGroupSpec"]["template"]
+        templates |= {
+            f"Ray workers {group['groupName']}": group["template"]
+            for group in spec["workerGroupSpecs"]
+        }
+        return templates
+
+    def manifests(self) -> dict[str, str]:
+        """File name to text, as the controller finds them in its folder."""
+        data: dict[str, str] = self.one("ConfigMap", "-manifests")["data"]
+        return data
+
+
+def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
+    beside = Path(sys.executable).with_name("helm")
+    program = str(beside) if beside.exists() else shutil.which("helm")
+    assert program, "helm is missing: run scripts/install-tools.sh"
+    # Nobody's own repositories or plugins take part.
+    env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "HELM_PLUGINS": "/nonexistent"}
+    return subprocess.run(
+        [program, *arguments], capture_output=True, text=True, timeout=60, check=False, env=env
+    )
+
+
+def helm_template(
+    *, profile: Path | None = None, values: dict[str, Any] | None = None, release: str = "em"
+) -> subprocess.CompletedProcess[str]:
+    """`values` are set key by key, as paths of --set-json."""
+    arguments = ["template", release, str(CHART), "--namespace", "models"]
+    if profile is not None:
+        arguments += ["--values", str(profile)]
+    for path, value in (values or {}).items():
+        arguments += ["--set-json", f"{path}={json.dumps(value)}"]
+    return helm(*arguments)
+
+
+def render(
+    *, profile: Path | None = None, values: dict[str, Any] | None = None, release: str = "em"
+) -> Rendered:
+    done = helm_template(profile=profile, values=values, release=release)
+    assert done.returncode == 0, done.stderr
+    return Rendered(tuple(each for each in yaml.safe_load_all(done.stdout) if each))
+
+
+def effective_values(profile: Path | None = None) -> dict[str, Any]:
+    """values.yaml with the profile over it, merged as Helm does."""
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    over = yaml.safe_load(profile.read_text()) if profile else {}
+    merged = _merge(values, over)
+    assert isinstance(merged, dict)
+    return merged
+
+
+def _merge(base: Any, over: Any) -> Any:
+    if isinstance(base, dict) and isinstance(over, dict):
+        return base | {key: _merge(base.get(key), value) for key, value in over.items()}
+    return over

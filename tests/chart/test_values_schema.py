@@ -1,0 +1,71 @@
+import json
+
+import jsonschema
+import yaml
+from helm.generate_schema import SCHEMA_FILE, build_schema, render_schema
+from tests.chart.rendering import CHART, REPOSITORY, effective_values
+
+
+def test_the_committed_schema_is_the_generated_one() -> None:
+    assert SCHEMA_FILE.read_text() == render_schema(), "run: python -m helm.generate_schema"
+
+
+def test_every_object_with_known_keys_is_closed() -> None:
+    open_objects = []
+
+    def visit(path: str, node: object) -> None:
+        if isinstance(node, dict):
+            if "properties" in node and node.get("additionalProperties") is not False:
+                open_objects.append(path)
+            for key, value in node.items():
+                visit(f"{path}/{key}", value)
+
+    visit("", build_schema())
+    assert open_objects == []
+
+
+def test_every_reference_stays_inside_the_schema() -> None:
+    schema = build_schema()
+    text = json.dumps(schema)
+    references = {part.split('"')[0] for part in text.split('"$ref": "')[1:]}
+    assert references
+    assert references <= {f"#/$defs/{name}" for name in schema["$defs"]}
+
+
+def test_the_defaults_fit_the_schema() -> None:
+    jsonschema.Draft202012Validator(build_schema()).validate(effective_values())
+
+
+def test_values_yaml_spells_out_every_key_of_the_chart() -> None:
+    """A key that only the schema knows would be one that nobody finds."""
+    schema = build_schema()
+    missing = []
+
+    def visit(path: str, node: dict, values: object) -> None:
+        if "$ref" in node:
+            node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
+        for key, inner in node.get("properties", {}).items():
+            if path in (".platform", ".models"):
+                continue
+            if not isinstance(values, dict) or key not in values:
+                missing.append(f"{path}.{key}")
+            else:
+                visit(f"{path}.{key}", inner, values[key])
+
+    visit("", schema, effective_values())
+    optional_of_pods = {
+        "affinity", "annotations", "env", "labels", "nodeSelector", "tolerations", "volumes",
+        "volumeMounts", "idleTimeoutSeconds",
+    }  # fmt: skip
+    assert [
+        key
+        for key in missing
+        if not (key.startswith(".ray.") and key.rsplit(".", 1)[1] in optional_of_pods)
+        and not key.endswith((".requests", ".limits"))
+    ] == []
+
+
+def test_the_default_model_is_the_repository_s_own_manifest() -> None:
+    manifest = yaml.safe_load((REPOSITORY / "deployments" / "tiny-moe.yaml").read_text())
+    assert effective_values()["models"] == [manifest]
+    assert (CHART / "Chart.yaml").exists()

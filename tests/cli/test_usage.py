@@ -1,0 +1,157 @@
+import asyncio
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import typer
+from click.testing import Result
+from rich.console import Console
+from tests.store.records import NOON_S, capacity_hold, usage_record
+from typer.testing import CliRunner
+
+from expertmesh.cli.usage import render_usage, usage
+from expertmesh.core.metering.report import By, UsageReport, UsageRow
+from expertmesh.store.database import open_database
+from expertmesh.store.ledger import Ledger
+
+app = typer.Typer()
+app.command("usage")(usage)
+
+_REPORT = UsageReport(
+    By.MODEL,
+    NOON_S,
+    NOON_S + 60,
+    {
+        "big": UsageRow(1_234, 56_789, 1_000, 4_321, Decimal("1.5"), 1_500_000_000_001, 2),
+        "tiny-moe": UsageRow(2, 30, 0, 40, Decimal("0.0000148"), 999_999_999, 1),
+    },
+)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> str:
+    url = f"sqlite:///{tmp_path}/store.db"
+
+    async def fill() -> None:
+        database = await open_database(url)
+        ledger = Ledger(database)
+        await ledger.hold_capacity([capacity_hold(usd_per_hour=0.36)])
+        await ledger.add_usage([usage_record("a", tenant="acme"), usage_record("b", tenant="zoo")])
+        await database.close()
+
+    asyncio.run(fill())
+    return url
+
+
+def _run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def _render(report: UsageReport, width: int = 120) -> list[str]:
+    console = Console(width=width, no_color=True)
+    with console.capture() as capture:
+        console.print(render_usage(report))
+    return [line.rstrip() for line in capture.get().splitlines()]
+
+
+def test_the_table_shows_every_digit_and_a_sum_that_adds_up() -> None:
+    lines = _render(_REPORT)
+    assert any(
+        "Usage from 2026-01-01 12:00:00 to 2026-01-01 12:01:00 UTC" in line for line in lines
+    )
+    rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
+    assert rows["big"] == [
+        *("1,234", "56,789", "(1,000)", "4,321", "1.50"),
+        *("1,500.000000003", "1,500.000000001", "0.000000002"),
+    ]
+    assert rows["tiny-moe"] == [
+        *("2", "30", "(0)", "40", "0.0000148", "1.000000000", "0.999999999", "0.000000001")
+    ]
+    assert rows["total"] == [
+        *("1,236", "56,819", "(1,000)", "4,361", "1.5000148"),
+        *("1,501.000000003", "1,501.000000000", "0.000000003"),
+    ]
+    sentence = "capacity 1,501.000000003 $ = attributed 1,501.000000000 $ + idle 0.000000003 $"
+    assert any(sentence in line for line in lines)
+
+
+def test_an_empty_report_says_so() -> None:
+    text = "\n".join(_render(UsageReport(By.DAY, None, None, {})))
+    assert "nothing recorded yet" in text
+
+
+@pytest.mark.parametrize(
+    ("by", "keys"),
+    [
+        ("tenant", ["(idle)", "acme", "zoo"]),
+        ("model", ["tiny-moe"]),
+        ("pool", ["cpu"]),
+        ("day", ["2026-01-01"]),
+    ],
+)
+def test_json_by_each_grouping_adds_up(store: str, by: str, keys: list[str]) -> None:
+    done = _run("--by", by, "--json", "--store", store)
+    assert done.exit_code == 0
+    report = json.loads(done.stdout)
+    assert [row[by] for row in report["rows"]] == keys
+    total = report["total"]
+    assert total == {
+        "requests": 2,
+        "prompt_tokens": 200,
+        "cached_tokens": 80,
+        "completion_tokens": 40,
+        "tariff_usd": "0.0000296",
+        "capacity_usd": "0.006000000",
+        "attributed_usd": "0.000100000",
+        "idle_usd": "0.005900000",
+    }
+    for name in ("capacity_usd", "attributed_usd", "idle_usd", "tariff_usd"):
+        assert sum(Decimal(row[name]) for row in report["rows"]) == Decimal(total[name])
+
+
+def test_the_table_in_a_pipe_keeps_its_lines_whole(store: str) -> None:
+    done = _run("--store", store)
+    assert done.exit_code == 0
+    (row,) = (line for line in done.stdout.splitlines() if line.split()[:1] == ["tiny-moe"])
+    assert row.split()[1:] == [
+        *("2", "200", "(80)", "40", "0.0000296", "0.006000000", "0.000100000", "0.005900000")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("window", "requests", "capacity_usd"),
+    [
+        (("--until", "2026-01-01"), 0, "0.000000000"),
+        (("--since", "2026-01-01", "--until", "2026-01-01T12:00:30"), 2, "0.003000000"),
+        (("--since", "2026-01-01T13:00:30+01:00"), 0, "0.003000000"),
+        (("--since", "5000w"), 2, "0.006000000"),
+    ],
+    ids=["before", "first half", "second half, another zone", "a long time ago"],
+)
+def test_windows(store: str, window: tuple[str, ...], requests: int, capacity_usd: str) -> None:
+    report = json.loads(_run("--json", *window, "--store", store).stdout)
+    assert (report["total"]["requests"], report["total"]["capacity_usd"]) == (
+        requests,
+        capacity_usd,
+    )
+
+
+@pytest.mark.parametrize("text", ["yesterday", "", "2026-13-01", "7"])
+def test_an_unreadable_time_is_refused(store: str, text: str) -> None:
+    refused = _run("--since", text, "--store", store)
+    assert refused.exit_code == 2
+    assert "2026-01-31" in refused.stderr
+
+
+def test_an_unknown_grouping_is_refused(store: str) -> None:
+    refused = _run("--by", "week", "--store", store)
+    assert refused.exit_code == 2
+    assert "'week'" in refused.stderr
+
+
+def test_a_missing_store_is_refused_and_not_created(tmp_path: Path) -> None:
+    refused = _run("--store", f"sqlite:///{tmp_path}/store.db")
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert "store.db: does not exist; check the path" in refused.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,168 @@
+from dataclasses import replace
+from decimal import Decimal
+
+import pytest
+from tests.store.records import NOON_S, capacity_hold, usage_record
+
+from expertmesh.core.metering.usage import Outcome
+from expertmesh.store.database import Database
+from expertmesh.store.ledger import Ledger
+
+
+async def test_a_record_comes_back_as_it_was(database: Database) -> None:
+    record = usage_record(outcome=Outcome.ABORTED, ttft_s=None, queue_s=0.1, duration_s=0.30000001)
+    ledger = Ledger(database)
+    assert await ledger.add_usage([record]) == 1
+    assert await ledger.usage() == (record,)
+
+
+@pytest.mark.parametrize(
+    "amount",
+    [
+        "0",
+        "0.1",
+        "0.0000000000000000000000001",
+        "123456789012345678901234567890.123456789",
+        "1E-40",
+    ],
+)
+async def test_money_comes_back_to_the_last_digit(database: Database, amount: str) -> None:
+    ledger = Ledger(database)
+    await ledger.add_usage([usage_record(tariff_usd=Decimal(amount))])
+    (record,) = await ledger.usage()
+    assert record.tariff_usd == Decimal(amount)
+
+
+@pytest.mark.parametrize("amount", [0.1, Decimal("NaN"), Decimal("Infinity")])
+async def test_money_that_is_not_exact_is_refused_with_its_whole_batch(
+    database: Database, amount: Decimal
+) -> None:
+    ledger = Ledger(database)
+    with pytest.raises(Exception, match="exact amount must be a finite Decimal"):
+        await ledger.add_usage([usage_record("good"), usage_record("bad", tariff_usd=amount)])
+    assert await ledger.usage() == ()
+
+
+async def test_only_new_ids_are_added_and_the_first_record_of_an_id_stays(
+    database: Database,
+) -> None:
+    ledger = Ledger(database)
+    first = usage_record("a", completion_tokens=1)
+    assert await ledger.add_usage([first, usage_record("a", completion_tokens=2)]) == 1
+    assert await ledger.add_usage([replace(first, tenant="other"), usage_record("b")]) == 1
+    assert await ledger.add_usage([first, usage_record("b")]) == 0
+    assert [record.request_id for record in await ledger.usage()] == ["a", "b"]
+    assert (await ledger.usage())[0] == first
+
+
+async def test_an_empty_batch_is_no_work(database: Database) -> None:
+    assert await Ledger(database).add_usage([]) == 0
+
+
+async def test_a_batch_larger_than_one_statement(database: Database) -> None:
+    ledger = Ledger(database)
+    records = [usage_record(f"r{number:05}", NOON_S + number) for number in range(3_000)]
+    assert await ledger.add_usage(records) == 3_000
+    assert await ledger.usage() == tuple(records)
+
+
+async def test_usage_is_read_by_the_time_of_acceptance_and_in_its_order(database: Database) -> None:
+    ledger = Ledger(database)
+    await ledger.add_usage([usage_record(name, NOON_S + at) for name, at in (("c", 3), ("a", 1))])
+    await ledger.add_usage([usage_record("b", NOON_S + 2)])
+
+    async def ids(since_s: float | None = None, until_s: float | None = None) -> str:
+        return "".join(record.request_id for record in await ledger.usage(since_s, until_s))
+
+    assert await ids() == "abc"
+    assert await ids(since_s=NOON_S + 2) == "bc"
+    assert await ids(until_s=NOON_S + 2) == "a"
+    assert await ids(NOON_S + 1, NOON_S + 3) == "ab"
+
+
+async def test_in_flight_finds_requests_that_began_before(database: Database) -> None:
+    ledger = Ledger(database)
+    await ledger.add_usage([usage_record("long", NOON_S, duration_s=100)])
+    await ledger.add_usage([usage_record("short", NOON_S, duration_s=1)])
+    found = await ledger.usage_in_flight(NOON_S + 50, NOON_S + 60)
+    assert [record.request_id for record in found] == ["long"]
+
+
+async def test_a_hold_is_extended_until_it_ends_and_then_stays(database: Database) -> None:
+    ledger = Ledger(database)
+    hold = capacity_hold(usd_per_hour=0.1)
+    await ledger.hold_capacity([hold])
+    await ledger.hold_capacity([replace(hold, seen_at_s=NOON_S + 90)])
+    assert await ledger.capacity() == (replace(hold, seen_at_s=NOON_S + 90),)
+
+    await ledger.hold_capacity([replace(hold, seen_at_s=NOON_S + 30)])
+    assert (await ledger.capacity())[0].seen_at_s == NOON_S + 90
+
+    ended = replace(hold, seen_at_s=NOON_S + 95, ended_at_s=NOON_S + 95)
+    await ledger.hold_capacity([ended])
+    await ledger.hold_capacity([replace(hold, seen_at_s=NOON_S + 200)])
+    assert await ledger.capacity() == (ended,)
+
+
+async def test_a_name_that_comes_back_gets_a_hold_of_its_own(database: Database) -> None:
+    ledger = Ledger(database)
+    first = capacity_hold(ended_at_s=NOON_S + 60)
+    second = capacity_hold(started_at_s=NOON_S + 100, seen_at_s=NOON_S + 120)
+    await ledger.hold_capacity([first])
+    await ledger.hold_capacity([second])
+    assert await ledger.capacity() == (first, second)
+
+
+async def test_an_open_hold_of_a_lost_controller_ends_where_it_was_last_seen(
+    database: Database,
+) -> None:
+    ledger = Ledger(database)
+    stale = capacity_hold(seen_at_s=NOON_S + 60)
+    fresh = capacity_hold(started_at_s=NOON_S + 100, seen_at_s=NOON_S + 120)
+    await ledger.hold_capacity([stale])
+    await ledger.hold_capacity([fresh])
+    assert await ledger.capacity() == (replace(stale, ended_at_s=NOON_S + 60), fresh)
+
+
+async def test_a_start_within_an_open_hold_continues_it(database: Database) -> None:
+    ledger = Ledger(database)
+    hold = capacity_hold(seen_at_s=NOON_S + 60)
+    await ledger.hold_capacity([hold])
+    await ledger.hold_capacity([capacity_hold(started_at_s=NOON_S + 50, seen_at_s=NOON_S + 70)])
+    assert await ledger.capacity() == (replace(hold, seen_at_s=NOON_S + 70),)
+
+
+@pytest.mark.parametrize("usd_per_hour", [0.1, 0.30000000000000004, 1e-9, 12345.678901234567])
+async def test_a_price_comes_back_as_it_was(database: Database, usd_per_hour: float) -> None:
+    ledger = Ledger(database)
+    await ledger.hold_capacity([capacity_hold(usd_per_hour=usd_per_hour)])
+    assert (await ledger.capacity())[0].usd_per_hour == usd_per_hour
+
+
+async def test_a_bad_hold_takes_its_whole_batch_with_it(database: Database) -> None:
+    ledger = Ledger(database)
+    with pytest.raises(ValueError, match="finite"):
+        await ledger.hold_capacity(
+            [capacity_hold("good"), capacity_hold("bad", usd_per_hour=float("nan"))]
+        )
+    assert await ledger.capacity() == ()
+
+
+async def test_capacity_is_read_by_overlap(database: Database) -> None:
+    ledger = Ledger(database)
+    early = capacity_hold("early", NOON_S, NOON_S + 10, NOON_S + 10)
+    late = capacity_hold("late", NOON_S + 20, NOON_S + 30)
+    await ledger.hold_capacity([late, early])
+    assert await ledger.capacity() == (early, late)
+    assert await ledger.capacity(since_s=NOON_S + 15) == (late,)
+    assert await ledger.capacity(until_s=NOON_S + 20) == (early,)
+    assert await ledger.capacity(NOON_S + 5, NOON_S + 25) == (early, late)
+
+
+async def test_the_span_covers_usage_and_capacity(database: Database) -> None:
+    ledger = Ledger(database)
+    assert await ledger.span_s() is None
+    await ledger.add_usage([usage_record(at_s=NOON_S + 10, duration_s=5)])
+    assert await ledger.span_s() == (NOON_S + 10, NOON_S + 15)
+    await ledger.hold_capacity([capacity_hold(seen_at_s=NOON_S + 12)])
+    assert await ledger.span_s() == (NOON_S, NOON_S + 15)
