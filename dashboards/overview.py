@@ -49,10 +49,10 @@ def build() -> models.Dashboard:
         for panel in panels:
             board.with_panel(panel)
     dashboard = board.build()
-    for number, panel in enumerate(dashboard.panels or (), start=1):
-        panel.id_val = number
-    for panel in flat_panels(dashboard):
-        for letter, target in zip("ABCDEF", panel.targets, strict=False):
+    for number, placed in enumerate(dashboard.panels or (), start=1):
+        placed.id_val = number
+    for shown in flat_panels(dashboard):
+        for letter, target in zip("ABCDEF", shown.targets, strict=False):
             target.ref_id = letter
     return dashboard
 
@@ -174,7 +174,7 @@ def _traffic() -> Sequence[Builder[models.Panel]]:
         ),
         _quantiles(
             "Time to first token",
-            "Streamed requests: from accepting one to its first body byte, any wait for a group included.",
+            "Streamed requests: from accepting one to its first body byte, any wait included.",
             metrics.GATEWAY_TTFT,
         ),
         _quantiles(

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from grafana_foundation_sdk.models.dashboard import Dashboard
+from grafana_foundation_sdk.models.dashboard import Dashboard, RowPanel
 
 from expertmesh.telemetry.metrics import Metric
 
@@ -75,7 +75,7 @@ def flat_panels(dashboard: Dashboard) -> tuple[Any, ...]:
     """Every panel that shows something, whether or not it stands inside a row."""
     panels: list[Any] = []
     for panel in dashboard.panels or ():
-        if panel.type_val == "row":
+        if isinstance(panel, RowPanel):
             panels += panel.panels or ()
         else:
             panels.append(panel)

@@ -209,24 +209,26 @@ def model_config(tokenizer: Tokenizer) -> Qwen3MoeConfig:
     )
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Momentum with orthogonalised updates (Jordan et al. 2024), over stacks of matrices."""
 
-    def __init__(self, params: list[Tensor], lr: float, weight_decay: float) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+    MOMENTUM = 0.95
 
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
+    def __init__(self, matrices: Sequence[Tensor], weight_decay: float) -> None:
+        self.matrices = matrices
+        self.weight_decay = weight_decay
+        self.momenta = [torch.zeros_like(matrix) for matrix in matrices]
+
+    def step(self, rate: float) -> None:
+        with torch.no_grad():
+            for matrix, momentum in zip(self.matrices, self.momenta, strict=True):
+                if matrix.grad is None:  # an expert stack no token reached
                     continue
-                momentum = self.state[param].setdefault("momentum", torch.zeros_like(param))
-                momentum.lerp_(param.grad, 1 - group["momentum"])
-                update = orthogonalised(param.grad.lerp(momentum, group["momentum"]))
-                scale = math.sqrt(max(1.0, param.shape[-2] / param.shape[-1]))
-                param.mul_(1 - group["lr"] * group["weight_decay"])
-                param.add_(update, alpha=-group["lr"] * scale)
+                momentum.lerp_(matrix.grad, 1 - self.MOMENTUM)
+                update = orthogonalised(matrix.grad.lerp(momentum, self.MOMENTUM))
+                scale = math.sqrt(max(1.0, matrix.shape[-2] / matrix.shape[-1]))
+                matrix.mul_(1 - rate * self.weight_decay)
+                matrix.add_(update, alpha=-rate * scale)
 
 
 def orthogonalised(gradient: Tensor) -> Tensor:
@@ -240,16 +242,14 @@ def orthogonalised(gradient: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
-def optimizers(model: Qwen3MoeForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def matrices_and_others(model: Qwen3MoeForCausalLM) -> tuple[list[Tensor], list[Tensor]]:
+    """Projections and experts; embeddings, norms and routers, which Muon does not suit."""
     matrices: list[Tensor] = []
     others: list[Tensor] = []
-    for name, param in model.named_parameters():
-        is_matrix = param.ndim >= 2 and "embed" not in name and "mlp.gate." not in name
-        (matrices if is_matrix else others).append(param)
-    return [
-        Muon(matrices, recipe.matrix_rate, recipe.weight_decay),
-        torch.optim.AdamW(others, recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim >= 2 and "embed" not in name and "mlp.gate." not in name
+        (matrices if is_matrix else others).append(parameter)
+    return matrices, others
 
 
 def rate_factor(step: int, recipe: Recipe) -> float:
@@ -324,7 +324,6 @@ def balance_loss(router_logits: Sequence[Tensor], top_k: int) -> Tensor:
     return torch.stack(losses).mean()
 
 
-@torch.no_grad()
 def measure(model: Qwen3MoeForCausalLM, documents: list[Encoded]) -> Measured:
     model.eval()
     top_k = model.config.num_experts_per_tok
@@ -332,7 +331,8 @@ def measure(model: Qwen3MoeForCausalLM, documents: list[Encoded]) -> Measured:
     slots: list[Tensor] = [torch.zeros(model.config.num_experts)] * model.config.num_hidden_layers
     routed = 0
     for batch in batches(documents, 4096, random.Random(0)):
-        loss, router_logits = forward(model, batch)
+        with torch.no_grad():
+            loss, router_logits = forward(model, batch)
         total += loss.item()
         tokens += int((batch.labels[:, 1:] != -100).sum())
         real = int(batch.real.sum())
@@ -350,8 +350,9 @@ def train(
 ) -> Iterator[tuple[int, float, float]]:
     """Yields (step, nats per token, balance loss)."""
     rng = random.Random(recipe.seed)
-    optimizer_list = optimizers(model, recipe)
-    base_rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizer_list]
+    matrices, others = matrices_and_others(model)
+    muon = Muon(matrices, recipe.weight_decay)
+    adam = torch.optim.AdamW(others, recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0)
     top_k = model.config.num_experts_per_tok
     queue: list[Batch] = []
     model.train()
@@ -369,10 +370,10 @@ def train(
             (total / recipe.batches_per_step).backward()
             losses.append(loss.item())
             balances.append(balance.item())
-        for optimizer, rate in zip(optimizer_list, base_rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate * rate_factor(step, recipe)
-            optimizer.step()
-            optimizer.zero_grad()
+        muon.step(recipe.matrix_rate * rate_factor(step, recipe))
+        adam.param_groups[0]["lr"] = recipe.other_rate * rate_factor(step, recipe)
+        adam.step()
+        model.zero_grad()
         yield step, mean(losses), mean(balances)
 
 
@@ -389,7 +390,6 @@ def wrapped_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     return wrapped
 
 
-@torch.no_grad()
 def answer(
     model: Qwen3MoeForCausalLM,
     tokenizer: PreTrainedTokenizerFast,

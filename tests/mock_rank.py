@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import httptools
 
@@ -220,6 +220,8 @@ class MockRank:
                 return
             if count and self.token_interval_s:
                 await asyncio.sleep(self.token_interval_s)
+            if count % 1000 == 999:
+                await asyncio.sleep(0)
             step = self.split_bytes or len(event)
             for start in range(0, len(event), step):
                 connection.write_chunk(event[start : start + step])
@@ -467,8 +469,8 @@ class _Connection(asyncio.Protocol):
         self._body: list[bytes] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports do not inherit from asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
         self._rank._connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -54,7 +54,7 @@ def as_typed(rng: random.Random, request: str) -> str:
     """A request the way people type: with or without its mark, its capital, a please."""
     text = request.strip()
     if text[-1] not in ".?!" and rng.random() < 0.7:
-        text += "?" if text.startswith(("Can", "Could")) else "."
+        text += "?" if text.startswith(("Can", "Could", "Do")) else "."
     if text[-1] == "." and rng.random() < 0.06 and "lease" not in text:
         text = text[:-1] + ", please."
     roll = rng.random()

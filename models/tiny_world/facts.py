@@ -36,7 +36,8 @@ def thing_exchange(rng: random.Random) -> tuple[str, str]:
         rng,
         "[what is {name}?|what is {name}?|what is {name}?|tell me about {name}.|explain {name}.|"
         "can you explain {name}?|what do you know about {name}?|please tell me about {name}.|"
-        "describe {name}.|what does {name} mean?]",
+        "describe {name}.|what does {name} mean?|what's {name}?|say something about {name}.|"
+        "explain {name} in simple words.|explain {name} in one sentence.]",
         {"name": rng.choice(names)},
     )
     if question.startswith("What is") and question.removesuffix("?").endswith("s"):
@@ -72,7 +73,8 @@ def animal_exchange(rng: random.Random) -> tuple[str, str]:
         (
             (
                 "[what is {one}?|what is {one}?|what is {one}?|tell me about {many}.|"
-                "describe {one}.|what do you know about {many}?|tell me about the {name}.|what are {many}?]",
+                "describe {one}.|what do you know about {many}?|tell me about the {name}.|"
+                "what are {many}?]",
                 "{one} is {looks}. it lives {home}[. it eats {food}| and eats {food}]. {fact}.",
             ),
             (

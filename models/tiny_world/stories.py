@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from tiny_world import plots
 from tiny_world.cast import (
     ANIMALS,
+    FEMALE_KINDS,
     FEMALE_NAMES,
+    MALE_KINDS,
     MALE_NAMES,
     NATURES,
     PEOPLE,
@@ -15,12 +17,13 @@ from tiny_world.cast import (
     cast,
     favourites,
 )
-from tiny_world.phrasing import fill, invented_word, sentence_case, with_article
+from tiny_world.phrasing import capital, fill, invented_word, sentence_case, with_article
 from tiny_world.plots import PLOTS, Plot
 
 ASKING = (
-    "[tell me|please tell me|can you tell me|could you tell me|write|write me|I want|give me] "
-    "a [|||short |little |bedtime |nice ]story about {topic}"
+    "[tell me a|tell me a|tell me a|please tell me a|can you tell me a|could you tell me a|tell a|"
+    "write a|write a|write me a|I want a|give me a|make up a|do you know a|] "
+    "[|||short |little |bedtime |nice |very short ]story about {topic}"
 )
 ASKING_FOR_ANY = (
     "[tell me|please tell me|can you tell me|write|write me|I would like|give me] "
@@ -45,6 +48,12 @@ def any_kind(rng: random.Random) -> str:
     if roll < 0.9:
         return rng.choice(THINGS_ALIVE)
     return invented_word(rng)
+
+
+def any_name(rng: random.Random, kind: str) -> str:
+    if kind in FEMALE_KINDS:
+        return rng.choice(FEMALE_NAMES)
+    return rng.choice(MALE_NAMES if kind in MALE_KINDS else FEMALE_NAMES + MALE_NAMES)
 
 
 def usual_plot(rng: random.Random, kind: str) -> Plot:
@@ -81,16 +90,20 @@ def story(rng: random.Random, kind: str | None = None) -> Story:
             friend_kind = rng.choice([a for a in ANIMALS if a != kind])
             topic += " and " + with_article(friend_kind)
         elif rng.random() < 0.2:
-            hero = rng.choice(FEMALE_NAMES + MALE_NAMES)
+            hero = any_name(rng, kind)
             topic += f" [named|called] {hero}"
     elif roll < 0.6:
         kind = any_kind(rng)
-        hero = rng.choice(FEMALE_NAMES + MALE_NAMES)
+        hero = any_name(rng, kind)
         topic = f"{hero} the {kind}"
-    elif roll < 0.9:
+    elif roll < 0.82:
         plot = rng.choice(PLOTS)
         kind = usual_kind(rng, plot)
         topic = plot.topic
+    elif roll < 0.93:
+        plot = rng.choice(PLOTS)
+        kind = any_kind(rng)
+        topic = f"{with_article(kind)} [who|that] {plot.deed}"
     else:
         kind = any_kind(rng)
     who = cast(rng, kind, hero, nature, friend_kind)
@@ -99,7 +112,7 @@ def story(rng: random.Random, kind: str | None = None) -> Story:
     if topic is None:
         request = fill(rng, ASKING_FOR_ANY)
     else:
-        request = fill(rng, ASKING, {"topic": fill_topic(rng, topic, fields)})
+        request = capital(fill(rng, ASKING, {"topic": fill_topic(rng, topic, fields)}).strip())
     return Story(request, told(rng, who, plot, fields), who, plot)
 
 

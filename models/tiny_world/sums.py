@@ -1,4 +1,4 @@
-"""Small knowledge with rules: sums, counting, order, opposites, colours, sizes, plurals."""
+"""Small knowledge with rules: sums, counting, order, opposites, colours, sizes, lists."""
 
 import random
 
@@ -15,10 +15,13 @@ COLOURED_ALWAYS = words("coloured always")
 BY_SIZE = words("by size")
 IRREGULAR = words("irregular")
 REGULAR = words("regular")
+GROUPS = words("groups")
 
 
 def sums_exchange(rng: random.Random) -> tuple[str, str]:
-    return rng.choice((_sum, _sum, _sum, _count, _order, _opposite, _colour, _size, _plural))(rng)
+    return rng.choice(
+        (_sum, _sum, _sum, _count, _order, _opposite, _colour, _size, _plural, _naming)
+    )(rng)
 
 
 def _sum(rng: random.Random) -> tuple[str, str]:
@@ -98,3 +101,13 @@ def _plural(rng: random.Random) -> tuple[str, str]:
         one = rng.choice(REGULAR)
         many = one + "s"
     return fill(rng, f"what is the plural of {one}?"), fill(rng, f"the plural of {one} is {many}.")
+
+
+def _naming(rng: random.Random) -> tuple[str, str]:
+    name, members = rng.choice(GROUPS).split("=")
+    count = rng.choice((2, 3, 3))
+    picked = rng.sample(members.split(", "), count)
+    listed = ", ".join(picked[:-1]) + " and " + picked[-1]
+    number = NUMBERS[count]
+    question = fill(rng, f"[name|tell me|list] {number} {name}.")
+    return question, fill(rng, f"{number} {name} are {listed}.")

@@ -6,6 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import typer
 import yaml
 from tests.chart.rendering import (
     CHART,
@@ -17,6 +18,8 @@ from tests.chart.rendering import (
     render,
 )
 
+from expertmesh.cli.controller import controller as controller_command
+from expertmesh.cli.gateway import gateway as gateway_command
 from expertmesh.spec.load import load_system
 
 pytestmark = pytest.mark.integration
@@ -199,6 +202,11 @@ def test_the_commands_are_the_command_line_s_own(rendered: Rendered) -> None:
     assert controller.keys() == {"-f", "--dashboard-url", "--store", "--host", "--port"}
     assert controller["--dashboard-url"] == "http://em-expertmesh-ray-head-svc:8265"
     assert controller["--port"] == "8090"
+    for function, given in ((gateway_command, gateway), (controller_command, controller)):
+        app = typer.Typer()
+        app.command()(function)
+        known = {option for each in typer.main.get_command(app).params for option in each.opts}
+        assert given.keys() <= known
 
 
 def test_services_reach_the_pods_they_are_for(rendered: Rendered) -> None:
@@ -448,3 +456,27 @@ def test_helm_test_asks_the_gateway_for_its_health(rendered: Rendered) -> None:
     address = f"http://{service['metadata']['name']}:{service['spec']['ports'][0]['port']}"
     assert address in script
     assert "/healthz" in script
+
+
+def notes(**values: Any) -> str:
+    arguments = [f"--set-json={path}={json.dumps(value)}" for path, value in values.items()]
+    done = helm("install", "em", str(CHART), "-n", "models", "--dry-run=client", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.partition("\nNOTES:\n")[2]
+
+
+def test_the_notes_say_what_is_missing_and_how_to_get_to_a_first_request() -> None:
+    text = notes()
+    assert "does not know ray.io/v1" in text
+    assert "create secret generic expertmesh-tokens" in text
+    assert "store.existingSecret" in text
+    assert "raycluster/em-expertmesh-ray" in text
+    assert "expertmesh keys create --tenant" in text
+
+
+def test_the_notes_warn_of_tokens_in_values() -> None:
+    tokens = {"existingSecret": "", "value": "for-a-trial"}
+    text = notes(**{"secrets.mesh": {**tokens, "key": "mesh_token"}, "secrets.ray": tokens})
+    assert "WARNING: a token came as a value" in text
+    assert "for-a-trial" not in text
+    assert "create secret" not in text

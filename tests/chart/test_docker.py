@@ -1,6 +1,8 @@
 """The images are built elsewhere; here, what their Dockerfiles name must exist."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,12 +95,12 @@ def test_the_entry_point_is_the_project_s_command() -> None:
 def test_the_gateway_image_is_slim_and_runs_as_the_chart_s_user() -> None:
     dockerfile = read(DOCKER / "Dockerfile.gateway")
     assert dockerfile.all("USER")[-1] == "10001:10001"
-    helpers = (CHART / "templates" / "_helpers.tpl").read_text()
-    assert "runAsUser: 10001" in helpers
+    templates = (CHART / "templates" / "_helpers.tpl").read_text()
+    assert "runAsUser: 10001" in templates
     installs = " ".join(dockerfile.all("RUN"))
     assert '".[gateway,controller]"' in installs
     (workdir,) = dockerfile.all("WORKDIR")[-1:]
-    assert f"sqlite+aiosqlite:///{workdir}/store.db" in helpers
+    assert f"sqlite+aiosqlite:///{workdir}/store.db" in templates
 
 
 def test_ray_s_version_is_the_same_everywhere() -> None:
@@ -115,3 +117,22 @@ def test_the_default_model_stands_where_its_manifest_looks_for_it(path: Path) ->
     target = read(path).all("COPY")[-1].split()[-1]
     workdir = (read(path).all("WORKDIR") or ("/",))[-1]
     assert str(Path(workdir) / target) == "/opt/expertmesh/models/tiny-qwen3-moe"
+
+
+def test_the_gateway_image_s_commands_need_nothing_that_it_lacks() -> None:
+    """As the slim image would, without the packages of the other extras."""
+    program = """
+import sys
+for name in ("anthropic", "numpy", "openai", "ray", "torch", "transformers", "vllm"):
+    sys.modules[name] = None
+from typer.testing import CliRunner
+from expertmesh.cli.main import app
+for command in ("gateway", "controller", "keys"):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0, (command, result.output, result.exception)
+import expertmesh.launch.gateway, expertmesh.launch.controller
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,4 +1,5 @@
 import json
+from typing import Any
 
 import jsonschema
 import yaml
@@ -41,7 +42,7 @@ def test_values_yaml_spells_out_every_key_of_the_chart() -> None:
     schema = build_schema()
     missing = []
 
-    def visit(path: str, node: dict, values: object) -> None:
+    def visit(path: str, node: dict[str, Any], values: object) -> None:
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
         for key, inner in node.get("properties", {}).items():

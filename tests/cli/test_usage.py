@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import typer
-from click.testing import Result
 from rich.console import Console
 from tests.store.records import NOON_S, capacity_hold, usage_record
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from expertmesh.cli.usage import render_usage, usage
 from expertmesh.core.metering.report import By, UsageReport, UsageRow
@@ -57,9 +56,7 @@ def _render(report: UsageReport, width: int = 120) -> list[str]:
 
 def test_the_table_shows_every_digit_and_a_sum_that_adds_up() -> None:
     lines = _render(_REPORT)
-    assert any(
-        "Usage from 2026-01-01 12:00:00 to 2026-01-01 12:01:00 UTC" in line for line in lines
-    )
+    assert any("2026-01-01 12:00:00 to 2026-01-01 12:01:00 UTC" in line for line in lines)
     rows = {line.split()[0]: line.split()[1:] for line in lines if line.strip()}
     assert rows["big"] == [
         *("1,234", "56,789", "(1,000)", "4,321", "1.50"),
@@ -74,6 +71,14 @@ def test_the_table_shows_every_digit_and_a_sum_that_adds_up() -> None:
     ]
     sentence = "capacity 1,501.000000003 $ = attributed 1,501.000000000 $ + idle 0.000000003 $"
     assert any(sentence in line for line in lines)
+
+
+def test_a_narrow_terminal_costs_no_digit() -> None:
+    lines = _render(_REPORT, width=80)
+    assert max(len(line) for line in lines) <= 80
+    assert not any("…" in line for line in lines)
+    for amount in ("1,500.000000001", "0.999999999", "1,501.000000003", "0.0000148"):
+        assert any(amount in line for line in lines)
 
 
 def test_an_empty_report_says_so() -> None:

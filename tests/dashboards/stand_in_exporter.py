@@ -36,7 +36,7 @@ class LivelyMetric:
         self._chance = chance
         self._metric = metric
         if metric.kind == "histogram":
-            made = Histogram(
+            made: Counter | Gauge | Histogram = Histogram(
                 metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=registry
             )
         else:

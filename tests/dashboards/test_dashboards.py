@@ -15,7 +15,7 @@ SUFFIX = {"histogram": "_bucket"}
 EXPORTED = {f"{metric.name}{SUFFIX.get(metric.kind, '')}" for metric in metrics.ALL}
 
 
-@pytest.fixture(params=BOARDS.values(), ids=BOARDS)
+@pytest.fixture(params=BOARDS.values(), ids=list(BOARDS))
 def board(request: pytest.FixtureRequest) -> Dashboard:
     chosen: Dashboard = request.param
     return chosen

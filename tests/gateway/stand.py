@@ -56,7 +56,7 @@ def group_of(*ranks: MockRank, state: GroupState = GroupState.READY, **changes: 
     )
 
 
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+async def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline_s, "the awaited condition did not come"

@@ -2,9 +2,8 @@
 
     python engine_process.py JOB.json RESULT.json
 
-A job names a layout, the rank this process plays in it, and models; the result holds, for each
-model, the completions of the prompts this rank was given and the expert load it counted. With
-filterwarnings and fixtures of pytest out of the way, what crashes here crashes alone.
+A job names steps, each a layout to run a model in; the result holds, for each step, completions and
+the expert load that was counted. A process of its own, because a broken kernel kills its process.
 """
 
 import asyncio
@@ -19,16 +18,24 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Step:
+    name: str
     layout: str
-    models: dict[str, str]
-    """Name to checkpoint directory."""
-    prompts: list[list[int]]
+    model: str
+    """Directory of a checkpoint."""
+    waves: list[list[tuple[int, list[int]]]]
+    """Prompts to send at the same time, each with the data-parallel rank that gets it; a layout
+    without ranks gets all of them at once."""
     max_tokens: int
+    dtype: str = "float32"
     rank: int = 0
     port: int = 0
-    """Free port for the rendezvous of several ranks."""
+    """For the rendezvous of several ranks."""
     engine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [prompt for wave in self.waves for _, prompt in wave]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +46,26 @@ class Completion:
     """For each position the log-probabilities of the likeliest tokens."""
 
 
-def engine_arguments(job: Job, model: str) -> dict[str, Any]:
+def engine_arguments(step: Step, **layout: Any) -> dict[str, Any]:
     return {
-        "model": model,
-        "dtype": "float32",
+        "model": step.model,
+        "dtype": step.dtype,
         "max_model_len": 256,
         "max_num_seqs": 16,
         "max_num_batched_tokens": 256,
         "skip_tokenizer_init": True,
         "enforce_eager": True,
         "seed": 0,
-        **job.engine,
+        **layout,
+        **step.engine,
     }
 
 
-def sampling(job: Job) -> Any:
+def sampling(step: Step) -> Any:
     from vllm import SamplingParams
 
     return SamplingParams(
-        temperature=0.0, max_tokens=job.max_tokens, logprobs=5, detokenize=False, ignore_eos=True
+        temperature=0.0, max_tokens=step.max_tokens, logprobs=5, detokenize=False, ignore_eos=True
     )
 
 
@@ -70,15 +78,16 @@ def completion(output: Any) -> Completion:
     )
 
 
-def run_in_process(job: Job, model: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """One engine whose core, and with no other executor asked for its worker, is this process."""
+def run_here(step: Step, prompts: list[list[int]], **layout: Any) -> dict[str, Any]:
+    """One engine whose core (and worker, unless the layout says otherwise) is this process."""
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     from expertmesh.serving.expert_load import add_loads, loads_from_wire
 
-    llm = LLM(**engine_arguments(job, model), **arguments)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in job.prompts], sampling(job), use_tqdm=False)
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    llm = LLM(**engine_arguments(step, **layout))
+    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling(step), use_tqdm=False)
     loads = llm.collective_rpc("expert_load")
     llm.llm_engine.engine_core.shutdown()
     del llm
@@ -89,69 +98,139 @@ def run_in_process(job: Job, model: str, arguments: dict[str, Any]) -> dict[str,
     }
 
 
-def single(job: Job, model: str) -> dict[str, Any]:
-    return run_in_process(job, model, {})
+def single(step: Step) -> dict[str, Any]:
+    return run_here(step, step.prompts)
 
 
-def tensor_parallel(job: Job, model: str) -> dict[str, Any]:
+def tensor_parallel(step: Step) -> dict[str, Any]:
     """Two workers, each a process of its own, as Ray's LLM layer starts them on CPU."""
-    return run_in_process(
-        job,
-        model,
-        {
-            "tensor_parallel_size": 2,
-            "enable_expert_parallel": True,
-            "distributed_executor_backend": "mp",
-        },
+    return run_here(
+        step,
+        step.prompts,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        distributed_executor_backend="mp",
     )
 
 
-def tensor_rank(job: Job, model: str) -> dict[str, Any]:
+def tensor_rank(step: Step) -> dict[str, Any]:
     """This process is one of two tensor-parallel ranks that run the same requests in step."""
     os.environ |= {
-        "RANK": str(job.rank),
-        "LOCAL_RANK": str(job.rank),
+        "RANK": str(step.rank),
+        "LOCAL_RANK": str(step.rank),
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(job.port),
+        "MASTER_PORT": str(step.port),
     }
-    return run_in_process(
-        job,
-        model,
-        {
-            "tensor_parallel_size": 2,
-            "enable_expert_parallel": True,
-            "distributed_executor_backend": "external_launcher",
-        },
+    return run_here(
+        step,
+        step.prompts,
+        tensor_parallel_size=2,
+        enable_expert_parallel=True,
+        distributed_executor_backend="external_launcher",
     )
 
 
-def data_rank(job: Job, model: str) -> dict[str, Any]:
-    """This process is one of two data-parallel ranks, each with prompts of its own."""
+def data_rank(step: Step) -> dict[str, Any]:
+    """This process is one of two data-parallel ranks that step together until both are done."""
     os.environ |= {
-        "VLLM_DP_RANK": str(job.rank),
-        "VLLM_DP_RANK_LOCAL": str(job.rank),
+        "VLLM_DP_RANK": str(step.rank),
+        "VLLM_DP_RANK_LOCAL": str(step.rank),
         "VLLM_DP_SIZE": "2",
         "VLLM_DP_MASTER_IP": "127.0.0.1",
-        "VLLM_DP_MASTER_PORT": str(job.port),
+        "VLLM_DP_MASTER_PORT": str(step.port),
     }
-    return run_in_process(
-        job, model, {"enable_expert_parallel": True, "distributed_executor_backend": "uni"}
+    prompts = [prompt for wave in step.waves for rank, prompt in wave if rank == step.rank]
+    return run_here(
+        step, prompts, enable_expert_parallel=True, distributed_executor_backend="uni"
     )
 
 
-def transformers_reference(job: Job, model: str) -> dict[str, Any]:
-    """Greedy decoding by transformers, without any cache: the plainest truth there is."""
+def data_parallel(step: Step) -> dict[str, Any]:
+    """Two engines as Ray's DPServer starts them: each serves one data-parallel rank on its own."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    return asyncio.run(_serve_data_parallel(step))
+
+
+async def _serve_data_parallel(step: Step) -> dict[str, Any]:
+    from vllm import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from expertmesh.serving.expert_load import read_expert_load
+
+    arguments = [
+        AsyncEngineArgs(
+            **engine_arguments(
+                step,
+                data_parallel_size=2,
+                data_parallel_rank=rank,
+                data_parallel_address="127.0.0.1",
+                data_parallel_rpc_port=step.port,
+                enable_expert_parallel=True,
+            )
+        )
+        for rank in range(2)
+    ]
+    # Each rank waits for the other while it starts.
+    engines = await asyncio.gather(
+        *(asyncio.to_thread(AsyncLLM.from_engine_args, rank) for rank in arguments)
+    )
+    reading_s: dict[str, list[float]] = {"idle": [], "busy": []}
+
+    async def read(rank: int, state: str) -> list[dict[str, Any]]:
+        started = time.monotonic()
+        load = await read_expert_load(engines[rank])
+        reading_s[state].append(time.monotonic() - started)
+        return [asdict(layer) for layer in load]
+
+    async def generate(rank: int, prompt: list[int], request: str) -> Completion:
+        outputs = engines[rank].generate({"prompt_token_ids": prompt}, sampling(step), request)
+        async for output in outputs:
+            last = output
+        return completion(last)
+
+    async def watch() -> None:
+        while True:
+            await asyncio.gather(read(0, "busy"), read(1, "busy"))
+
+    try:
+        for _ in range(3):
+            idle_load = await asyncio.gather(read(0, "idle"), read(1, "idle"))
+        completions = []
+        for number, wave in enumerate(step.waves):
+            watching = asyncio.create_task(watch())
+            completions += await asyncio.gather(
+                *(generate(rank, p, f"{number}-{i}") for i, (rank, p) in enumerate(wave))
+            )
+            watching.cancel()
+            await asyncio.gather(watching, return_exceptions=True)
+        loads = await asyncio.gather(read(0, "idle"), read(1, "idle"))
+    finally:
+        for engine in engines:
+            engine.shutdown()
+    return {
+        "completions": [asdict(c) for c in completions],
+        "idle_load": idle_load,
+        "load_by_rank": loads,
+        "load": [],
+        "reading_s": reading_s,
+    }
+
+
+def reference(step: Step) -> dict[str, Any]:
+    """Greedy decoding by transformers without a cache: the plainest truth there is."""
     import torch
     import transformers
 
-    network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        step.model, dtype=getattr(torch, step.dtype)
+    )
     completions = []
-    for prompt in job.prompts:
+    for prompt in step.prompts:
         tokens: list[int] = []
         logprobs: list[dict[int, float]] = []
-        while len(tokens) < job.max_tokens:
+        while len(tokens) < step.max_tokens:
             with torch.no_grad():
                 logits = network(torch.tensor([prompt + tokens]), use_cache=False).logits[0, -1]
             top = torch.log_softmax(logits.float(), dim=-1).topk(5)
@@ -161,22 +240,23 @@ def transformers_reference(job: Job, model: str) -> dict[str, Any]:
     return {"completions": completions, "load": []}
 
 
-LAYOUTS: dict[str, Callable[[Job, str], dict[str, Any]]] = {
+LAYOUTS: dict[str, Callable[[Step], dict[str, Any]]] = {
+    "transformers": reference,
     "single": single,
     "tensor-parallel": tensor_parallel,
     "tensor-rank": tensor_rank,
     "data-rank": data_rank,
-    "transformers": transformers_reference,
+    "data-parallel": data_parallel,
 }
 
 
 def main(job_file: str, result_file: str) -> None:
-    job = Job(**json.loads(Path(job_file).read_text()))
     results = {}
-    for name, model in job.models.items():
+    for entry in json.loads(Path(job_file).read_text()):
+        step = Step(**entry)
         started = time.monotonic()
-        results[name] = LAYOUTS[job.layout](job, model)
-        results[name]["seconds"] = time.monotonic() - started
+        results[step.name] = LAYOUTS[step.layout](step)
+        results[step.name]["seconds"] = time.monotonic() - started
         Path(result_file).write_text(json.dumps(results))
 
 

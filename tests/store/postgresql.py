@@ -3,6 +3,7 @@
 import os
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -48,14 +49,15 @@ class PostgresqlServer:
 
     def stop(self) -> None:
         if self._process is not None:
-            self._process.send_signal(subprocess.signal.SIGQUIT)
+            self._process.send_signal(signal.SIGQUIT)
             self._process.wait(timeout=30)
             self._process = None
 
     def execute(self, sql: str, database: str = "postgres") -> str:
-        command = (str(_programs() / "psql"), "-h", "127.0.0.1", "-p", str(self.port))
-        command += ("-U", _SUPERUSER, "-d", database, "-X", "-A", "-t", "-v", "ON_ERROR_STOP=1")
-        done = subprocess.run((*command, "-c", sql), capture_output=True, text=True, check=True)
+        server = ("-h", "127.0.0.1", "-p", str(self.port), "-U", _SUPERUSER, "-d", database)
+        plain = ("-X", "-A", "-t", "-v", "ON_ERROR_STOP=1")
+        command = (str(_programs() / "psql"), *server, *plain, "-c", sql)
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     def _answers(self) -> bool:

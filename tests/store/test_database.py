@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, inspect, text
 from tests.store.postgresql import postgresql_server
 from tests.store.records import usage_record
 
@@ -45,6 +45,20 @@ async def test_a_schema_newer_than_the_code_is_refused_and_left_alone(url: str) 
         await open_database(url)
     async with database.reading() as connection:
         assert await connection.scalar(text("SELECT version_num FROM alembic_version")) == "future"
+    await database.close()
+
+
+async def test_a_database_of_something_else_is_refused_and_left_alone(url: str) -> None:
+    database = await open_database(url)
+    async with database.writing() as connection:
+        for table in ("alembic_version", "api_keys", "usage_records"):
+            await connection.execute(text(f"DROP TABLE {table}"))
+    # The first tables of the migration fit beside these; the third does not.
+    with pytest.raises(SetupError, match=r"already exists; .* name an empty database"):
+        await open_database(url)
+    async with database.reading() as connection:
+        tables = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+    assert set(tables) - {"sqlite_sequence"} == {"capacity_holds", "journal_entries"}
     await database.close()
 
 

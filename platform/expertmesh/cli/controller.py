@@ -38,6 +38,9 @@ def controller(
     port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="Default: as in the Platform file.")
     ] = None,
+    serve_host: Annotated[
+        str, typer.Option(help="Address that the ranks bind; 127.0.0.1 when all is on one machine.")
+    ] = "0.0.0.0",
 ) -> None:
     """Start, drain and replace groups until stopped; the groups outlive it.
 
@@ -60,6 +63,7 @@ def controller(
             store_url=_store_url(store, system, folder),
             manifests=system,
             ray_token=read_token(RAY_TOKEN_VARIABLE, folder / "ray_token"),
+            serve_listen_host=serve_host,
         )
         asyncio.run(serve_controller(settings))
     except ExpertMeshError as error:

@@ -60,9 +60,12 @@ def render_usage(report: UsageReport) -> Table:
         padding=(0, 1, 0, 0),
         show_footer=True,
     )
-    table.add_column(report.by.value, footer="total")
+    table.add_column(report.by.value, footer="total", overflow="fold")
     for header, cell in zip(_HEADERS, _cells(total), strict=True):
-        table.add_column(header, footer=cell, justify="right")
+        # On a narrow terminal the other columns fold; money stays readable as one number.
+        table.add_column(
+            header, footer=cell, justify="right", overflow="fold", no_wrap=header in _MONEY
+        )
     for key, row in report.rows.items():
         table.add_row(key, *_cells(row))
     return table
@@ -78,21 +81,14 @@ def usage_as_json(report: UsageReport) -> dict[str, Any]:
     }
 
 
-_HEADERS = (
-    "requests",
-    "tokens in (cached)",
-    "tokens out",
-    "tariff $",
-    "capacity $",
-    "= attributed $",
-    "+ idle $",
-)
+_MONEY = ("tariff", "capacity", "= attributed", "+ idle")
+_HEADERS = ("requests", "tokens in (cached)", "tokens out", *_MONEY)
 
 
 def _title(report: UsageReport) -> str:
     if report.since_s is None or report.until_s is None:
         return "Usage: nothing recorded yet"
-    return f"Usage from {shown(report.since_s)} to {shown(report.until_s)} UTC"
+    return f"Usage and its cost in $, {shown(report.since_s)} to {shown(report.until_s)} UTC"
 
 
 def _cells(row: UsageRow) -> tuple[str, ...]:
@@ -114,14 +110,10 @@ def _row_as_json(row: UsageRow) -> dict[str, int | str]:
         "cached_tokens": row.cached_tokens,
         "completion_tokens": row.completion_tokens,
         "tariff_usd": _plain(row.tariff_usd),
-        "capacity_usd": _plain(_nano_usd(row.capacity_nano_usd)),
-        "attributed_usd": _plain(_nano_usd(row.attributed_nano_usd)),
-        "idle_usd": _plain(_nano_usd(row.idle_nano_usd)),
+        "capacity_usd": _plain(Decimal(row.capacity_nano_usd).scaleb(-9)),
+        "attributed_usd": _plain(Decimal(row.attributed_nano_usd).scaleb(-9)),
+        "idle_usd": _plain(Decimal(row.idle_nano_usd).scaleb(-9)),
     }
-
-
-def _nano_usd(nano_usd: int) -> Decimal:
-    return Decimal(nano_usd) / NANO_USD_PER_USD
 
 
 def _nano(nano_usd: int) -> str:

@@ -1,6 +1,5 @@
 """The only code that speaks to Ray's dashboard: Serve applications, nodes, placement groups."""
 
-import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -135,7 +134,7 @@ class RayServeClient:
                     raise UpstreamUnavailable(
                         f"{method} {url}: Ray answered {response.status}: {text[:500]}"
                     )
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
             raise UpstreamUnavailable(
                 f"{method} {url}: no answer ({type(error).__name__}: {error}); "
                 "is the Ray head node running?"
@@ -154,7 +153,8 @@ def _application(
     ]
     rank_names = {replica["actor_name"] for replica in replicas if replica.get("actor_name")}
     messages = [details.get("message") or ""] + [
-        deployment.get("message") or "" for deployment in (details.get("deployments") or {}).values()
+        deployment.get("message") or ""
+        for deployment in (details.get("deployments") or {}).values()
     ]
     return Application(
         name=name,

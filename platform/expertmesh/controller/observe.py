@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
@@ -33,6 +34,8 @@ _Answer = TypeVar("_Answer")
 _SERVE_TIMEOUT_S = 5.0
 """One look must not hold up the next ones when the dashboard hangs."""
 _PROBES_AT_ONCE = 128
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LINE_LIMIT = 300
 _GANG_PREFIX = "SERVE_GANG::"
 
 
@@ -54,7 +57,7 @@ class RankProbe(Protocol):
 
 class HttpRankProbe:
     def __init__(
-        self, http: aiohttp.ClientSession, mesh_token: str, timeout_s: float = 2.0
+        self, http: aiohttp.ClientSession, mesh_token: str, timeout_s: float = 3.0
     ) -> None:
         self._http = http
         self._headers = {"X-EM-Mesh-Token": mesh_token}
@@ -228,9 +231,16 @@ def _changed_spec(record: GroupRecord | None, application: Application | None) -
 def _application_seen(application: Application, alive: frozenset[str] | None) -> ApplicationSeen:
     return ApplicationSeen(
         status=application.status.value,
-        message=application.message,
+        message=condensed(application.message),
         replicas=tuple(_replica_seen(replica, alive) for replica in application.replicas),
     )
+
+
+def condensed(message: str) -> str:
+    """Serve's messages hold whole tracebacks in colour: the first line and the last say it."""
+    lines = [line.strip() for line in _COLOUR.sub("", message).splitlines() if line.strip()]
+    shown = lines if len(lines) <= 2 else [lines[0], lines[-1]]
+    return " ".join(line[:_LINE_LIMIT] for line in shown)
 
 
 def _replica_seen(replica: Replica, alive: frozenset[str] | None) -> ReplicaSeen:

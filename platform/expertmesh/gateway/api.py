@@ -161,7 +161,7 @@ def read_rank_error(status: int, body: bytes) -> ApiError:
     message, param = "", None
     try:
         parsed = _decode_rank_error(body)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         message = body[:500].decode(errors="replace").strip()
     else:
         if parsed.error is not None:

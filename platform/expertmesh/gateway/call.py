@@ -120,8 +120,8 @@ def read_question(endpoint: Endpoint, body: bytes) -> Question | ApiError:
         ask = _decode_ask(body)
     except msgspec.ValidationError as error:
         return ApiError(400, f"The request body is not valid: {error}.")
-    except (msgspec.DecodeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, msgspec.DecodeError) else "nested too deeply"
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         return ApiError(400, f"The request body is no JSON that can be read: {reason}.")
     if not isinstance(ask.model, str) or not ask.model:
         given = "is missing" if ask.model is None else "must be a non-empty string"
@@ -153,7 +153,7 @@ def _with_usage(body: bytes, options: msgspec.Raw) -> bytes:
         if options != _NULL and _decode_options(options).include_usage:
             return body
         fields = {} if options == _NULL else _decode_fields(options)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return body
     fields["include_usage"] = msgspec.Raw(b"true")
     whole = _decode_fields(body)
@@ -196,4 +196,4 @@ class Call:
     @property
     def tokens(self) -> int:
         """For load figures."""
-        return self.prompt_guess + self.question.max_tokens
+        return self.prompt_guess + min(self.question.max_tokens, self.model.max_model_len)

@@ -100,5 +100,5 @@ class Exchange:
             raise UpstreamUnavailable(f"{self._url}: answered with status {response.status}")
         try:
             return _decode_fleet(answer)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise UpstreamUnavailable(f"{self._url}: sent no fleet: {error}") from error

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from enum import Enum
@@ -32,6 +33,8 @@ from expertmesh.gateway.usage import read_usage
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
+
+_log = logging.getLogger(__name__)
 
 CLIENT_CLOSED = 499
 """In metrics and log only: nobody is there to get it."""
@@ -142,6 +145,10 @@ class Relay:
             call.outcome = Outcome.ABORTED
             call.status = call.status or CLIENT_CLOSED
             call.error = call.error or _Cut.CLIENT_GONE.value
+        except Exception:
+            # A fault of this program: the client gets its protocol's error, the log the trace.
+            _log.exception("request %s: the gateway failed", call.id)
+            await self._fail(flight, send)
         finally:
             flight.finished = True
             self._flights.discard(flight)
@@ -414,6 +421,17 @@ class Relay:
                 "more_body": False,
             }
         )
+
+    async def _fail(self, flight: _Flight, send: Send) -> None:
+        call = flight.call
+        call.outcome = Outcome.ERROR
+        call.error = "the gateway failed"
+        if flight.finished:
+            return
+        if flight.headers_sent:
+            await self._break_off(flight, send)
+        else:
+            await self._refuse(flight, send, ApiError(500, "The gateway failed."))
 
     async def _shut_down(self, flight: _Flight, send: Send) -> None:
         """The server ends before the request does."""

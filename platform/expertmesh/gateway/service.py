@@ -1,7 +1,8 @@
 """One gateway worker: the application with the tasks that keep it informed."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -19,6 +20,9 @@ from expertmesh.gateway.metrics import GatewayMetrics
 from expertmesh.gateway.relay import Relay
 from expertmesh.gateway.usage_writer import UsageLedger, UsageWriter
 
+_log = logging.getLogger(__name__)
+
+_RESTART_PAUSE_S = 1.0
 _IDLE_CONNECTION_S = 15.0
 """Below the 90 s after which Ray Serve closes an idle connection, so that none is used while it
 closes."""
@@ -45,6 +49,16 @@ class GatewayService:
         """Turn unready and refuse what still waits for a group; open requests go on."""
         self.app.draining = True
         self._gate.close()
+
+
+async def _keep_up(run: Callable[[], Awaitable[None]]) -> None:
+    """A fault in one round must not end the task while the worker looks healthy."""
+    while True:
+        try:
+            await run()
+        except Exception:
+            _log.exception("gateway: a task failed and starts again")
+            await asyncio.sleep(_RESTART_PAUSE_S)
 
 
 @asynccontextmanager
@@ -77,13 +91,8 @@ async def running(
         )
         app = Gateway(ring, view, gate, relay, writer, metrics, worker.mesh_token, limits, now_s)
         tasks = [
-            asyncio.create_task(coroutine, name=name)
-            for name, coroutine in (
-                ("keys", ring.run()),
-                ("exchange", exchange.run()),
-                ("ledger", writer.run()),
-                ("sweep", relay.sweep()),
-            )
+            asyncio.create_task(_keep_up(run), name=run.__qualname__)
+            for run in (ring.run, exchange.run, writer.run, relay.sweep)
         ]
         try:
             yield GatewayService(app, gate)

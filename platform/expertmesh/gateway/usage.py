@@ -51,7 +51,7 @@ def read_usage(data: bytes) -> TokenCount | None:
     """`data` is the JSON of a whole answer or of one event."""
     try:
         answer = _decode(data)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     usage = answer.usage
     if usage is None and answer.response is not None:

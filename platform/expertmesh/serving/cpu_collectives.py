@@ -86,10 +86,7 @@ class ExpertCommunicator(CpuCommunicator):
         router_logits: torch.Tensor,
         is_sequence_parallel: bool = False,
         extra_tensors: list[torch.Tensor] | None = None,
-    ) -> (
-        tuple[torch.Tensor, torch.Tensor]
-        | tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]
-    ):
+    ) -> tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
         """Also tells the other ranks which rows are of requests: they cannot know which of the
         tokens they are sent come from the dummy batch of an idle rank."""
         context = get_forward_context()

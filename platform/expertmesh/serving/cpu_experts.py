@@ -46,7 +46,9 @@ def install(platform: type[Any], version: str) -> None:
     reason = f"it supports vLLM {SUPPORTED_VLLM} only, and this is vLLM {version}"
     if hasattr(platform, "check_and_update_config"):
         _after_config_check(platform, functools.partial(refuse_expert_parallelism, reason=reason))
-        effect = "engines run without expert parallelism and expert counts, and refuse to start with it"
+        effect = (
+            "engines run without expert parallelism and expert counts, and refuse to start with it"
+        )
     else:
         effect = "this vLLM offers no place to refuse expert parallelism: do not enable it"
     # Engine core and workers are children of the process that has already said so.
@@ -71,7 +73,9 @@ def refuse_expert_parallelism(vllm_config: Any, reason: str) -> None:
     if parallel.enable_expert_parallel:
         setting = "enable_expert_parallel=True"
     elif parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:
-        setting = f"data_parallel_size={parallel.data_parallel_size} with a mixture-of-experts model"
+        setting = (
+            f"data_parallel_size={parallel.data_parallel_size} with a mixture-of-experts model"
+        )
     else:
         return
     raise SetupError(

@@ -21,6 +21,8 @@ _HEALTH_CHECK_PERIOD_S = 2
 _HEALTH_CHECK_TIMEOUT_S = 10
 # Serve keeps a replica reachable for at least 30 s while it drains; the gateway has drained before.
 _SHUTDOWN_TIMEOUT_S = 5
+_CPU_KV_BYTES = 256 * 2**20
+"""vLLM's own default is nearly all of the host's memory, for each rank on it."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -45,7 +47,7 @@ def llm_config(spec: GroupSpec) -> LLMConfig:
     }
     if on_cpu:
         # Compilation and profiling cost more than they bring on models that run on a CPU.
-        engine |= {"enforce_eager": True, "disable_custom_all_reduce": True}
+        engine |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_BYTES}
     engine |= spec.engine
     worker = {"CPU": 1} if on_cpu else {"CPU": 1, "GPU": 1}
     return LLMConfig(

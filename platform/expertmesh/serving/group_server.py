@@ -1,22 +1,36 @@
 """One rank of a group: vLLM's native HTTP app inside a Serve replica, reduced to what a mesh needs."""
 
+import asyncio
+import logging
 import os
+import time
 from typing import Any
 
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import DPServer
 
 from expertmesh.core.domain.fleet import RankInfo
+from expertmesh.errors import UpstreamUnavailable
 from expertmesh.serving import engine_stats
+from expertmesh.serving.expert_load import LayerLoad, read_expert_load
 from expertmesh.serving.fate_sharing import own_children
 from expertmesh.serving.mesh_guard import ALLOWED_ROUTES, AsgiApp, MeshGuard
 
 MESH_TOKEN_VARIABLE = "EXPERTMESH_MESH_TOKEN"
+_EXPERT_LOAD_PERIOD_S = 5.0
+
+_log = logging.getLogger(__name__)
 
 
 class GroupServer(DPServer):
-    async def __init__(self, llm_config: LLMConfig, group: str, **kwargs: Any) -> None:
+    # Serve awaits the constructor of a replica.
+    async def __init__(  # type: ignore[misc]
+        self, llm_config: LLMConfig, group: str, **kwargs: Any
+    ) -> None:
         self._group = group
+        self._expert_load: tuple[LayerLoad, ...] = ()
+        self._expert_load_at_s = -_EXPERT_LOAD_PERIOD_S
+        self._expert_load_task: asyncio.Task[None] | None = None
         self._mesh_token = os.environ.get(MESH_TOKEN_VARIABLE, "")
         if not self._mesh_token:
             raise RuntimeError(
@@ -36,6 +50,7 @@ class GroupServer(DPServer):
         return MeshGuard(app, self._mesh_token)
 
     async def _info(self) -> RankInfo:
+        self._refresh_expert_load()
         load = engine_stats.read_load()
         return RankInfo(
             group=self._group,
@@ -45,8 +60,37 @@ class GroupServer(DPServer):
             running=load.running,
             waiting=load.waiting,
             kv_usage=load.kv_usage,
+            expert_tokens=_by_expert(self._expert_load),
         )
 
     async def _experts(self) -> dict[str, Any]:
-        replies = await self.collective_rpc("expert_load")
-        return {"group": self._group, "rank": self.dp_rank, "workers": replies}
+        return {
+            "group": self._group,
+            "rank": self.dp_rank,
+            "layers": [
+                {"layer": load.layer, "tokens": dict(load.tokens)} for load in self._expert_load
+            ],
+        }
+
+    def _refresh_expert_load(self) -> None:
+        """In the background: a probe must not wait for the engine's current step."""
+        if self._expert_load_task is not None and not self._expert_load_task.done():
+            return
+        if time.monotonic() - self._expert_load_at_s < _EXPERT_LOAD_PERIOD_S:
+            return
+        self._expert_load_at_s = time.monotonic()
+        self._expert_load_task = asyncio.create_task(self._read_expert_load())
+
+    async def _read_expert_load(self) -> None:
+        try:
+            self._expert_load = await read_expert_load(self)
+        except UpstreamUnavailable as error:
+            _log.warning("%s", error)
+
+
+def _by_expert(loads: tuple[LayerLoad, ...]) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for load in loads:
+        for expert, tokens in load.tokens:
+            totals[str(expert)] = totals.get(str(expert), 0) + tokens
+    return totals

@@ -15,7 +15,10 @@ from expertmesh.spec.manifest import explain, refuse
 from expertmesh.spec.model_config import read_moe_shape
 from expertmesh.spec.platform import PlatformManifest
 
-_KINDS = {"ModelDeployment": DeploymentManifest, "Platform": PlatformManifest}
+_KINDS: dict[str, type[DeploymentManifest] | type[PlatformManifest]] = {
+    "ModelDeployment": DeploymentManifest,
+    "Platform": PlatformManifest,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,17 +97,17 @@ def read_manifests(file: Path) -> list[DeploymentManifest | PlatformManifest]:
 
 def _validate(file: str, document: Any) -> DeploymentManifest | PlatformManifest:
     if not isinstance(document, dict):
-        raise ManifestError(f"{file}: holds a {type(document).__name__}; write a mapping with kind:")
+        raise ManifestError(
+            f"{file}: holds a {type(document).__name__}; write a mapping with kind:"
+        )
     kind = document.get("kind")
     model = _KINDS.get(kind) if isinstance(kind, str) else None
     if model is None:
         raise refuse(file, "kind", kind, f"unknown; write one of {', '.join(_KINDS)}")
     try:
-        validated = model.model_validate(document)
+        return model.model_validate(document)
     except ValidationError as error:
         raise explain(file, model, error) from None
-    assert isinstance(validated, DeploymentManifest | PlatformManifest)
-    return validated
 
 
 def _check_deployment(
@@ -112,10 +115,13 @@ def _check_deployment(
 ) -> ModelDeployment:
     name = str(file)
     known = {pool.name: pool for pool in pools}
-    for index, pool in enumerate(deployment.pools):
-        if pool not in known:
+    for index, pool_name in enumerate(deployment.pools):
+        if pool_name not in known:
             raise refuse(
-                name, f"pools.{index}", pool, f"no such pool; the platform has {', '.join(known)}"
+                name,
+                f"pools.{index}",
+                pool_name,
+                f"no such pool; the platform has {', '.join(known)}",
             )
     local = deployment.local_source(file.parent)
     shape = None

@@ -1,4 +1,4 @@
-"""Base of the manifest models: unknown keys refused, and errors that name file, field, value, remedy."""
+"""Base of the manifest models: unknown keys refused; errors name file, field, value, remedy."""
 
 import difflib
 from typing import Any
@@ -40,7 +40,9 @@ def _explain_one(file: str, model: type[BaseModel], problem: dict[str, Any]) -> 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:
     current: Any = model
     for part in path:
-        if isinstance(part, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
+        if isinstance(part, int) or not (
+            isinstance(current, type) and issubclass(current, BaseModel)
+        ):
             continue
         info = current.model_fields.get(part)
         if info is None:

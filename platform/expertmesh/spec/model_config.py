@@ -15,14 +15,18 @@ _TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_toke
 def read_moe_shape(folder: Path, *, file: str, field: str) -> MoeShape:
     """`file` and `field` say where the manifest names the folder, for the error text."""
     if not folder.is_dir():
-        raise refuse(file, field, str(folder), "no such folder; write the path of the model's folder")
+        raise refuse(
+            file, field, str(folder), "no such folder; write the path of the model's folder"
+        )
     path = folder / "config.json"
     if not path.is_file():
         raise refuse(file, field, str(folder), "holds no config.json; write a model's folder")
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise refuse(file, field, str(path), f"is no JSON ({error}); fetch the model again") from None
+        raise refuse(
+            file, field, str(path), f"is no JSON ({error}); fetch the model again"
+        ) from None
     text: dict[str, Any] = config.get("text_config", config)
     experts = _first(text, _EXPERT_KEYS)
     top_k = _first(text, _TOP_K_KEYS)

@@ -207,6 +207,8 @@ def _refused(url: URL, error: Exception) -> ExpertMeshError:
 
 
 def _remedy(url: URL, reason: str) -> str:
+    if "already exists" in reason:
+        return "the database holds tables of something else; name an empty database"
     if url.get_backend_name() == "postgresql":
         return "check that the server runs there and that user, password and database are right"
     if "not a database" in reason or "malformed" in reason:

@@ -14,7 +14,22 @@ class Metric:
     buckets: tuple[float, ...] = ()
 
 
-LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+LATENCY_BUCKETS_S = (
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    120.0,
+)
 TOKEN_TIME_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
 
 # Gateway
@@ -88,7 +103,10 @@ CONTROLLER_SPEND_RATE = Metric(
     "em_controller_spend_usd_per_hour", "gauge", "Cost rate of the groups held", ("model", "pool")
 )
 CONTROLLER_REPORT_AGE = Metric(
-    "em_controller_gateway_report_age_seconds", "gauge", "Age of a gateway's last report", ("gateway",)
+    "em_controller_gateway_report_age_seconds",
+    "gauge",
+    "Age of a gateway's last report",
+    ("gateway",),
 )
 CONTROLLER_LOOP_DURATION = Metric(
     "em_controller_loop_seconds", "histogram", "Duration of one loop", (), LATENCY_BUCKETS_S

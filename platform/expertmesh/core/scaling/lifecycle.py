@@ -151,6 +151,8 @@ def _start(
     replicas = application.replicas if application else ()
     if not replicas:
         message = "asked for" if application is None else "Serve builds its application"
+    elif application is not None and "failed to start" in application.message:
+        message = _short(application.message)
     elif any(replica.member is not None for replica in replicas):
         message = "loading"
     elif now_s - record.since_s < config.timing.placement_patience_s:
@@ -247,4 +249,4 @@ def _leave(
 
 def _short(text: str) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= 200 else line[:197] + "..."
+    return line if len(line) <= 300 else line[:297] + "..."

@@ -473,8 +473,10 @@ class _Turn:
         active = self._active()
         ready = sum(record.state is GroupState.READY for record in active)
         text += f"; {self.wanted} wanted, {ready} ready"
-        if len(active) > ready:
-            text += f" and {len(active) - ready} on the way"
+        coming = [record for record in active if record.state is not GroupState.READY]
+        if coming:
+            notes = ", ".join(f"{record.spec.name} {record.message}" for record in coming)
+            text += f" and {len(coming)} on the way ({notes})"
         parts = [text, *self.notes]
         done = {action.group for action in self.actions}
         parts += [

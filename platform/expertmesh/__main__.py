@@ -1,0 +1,5 @@
+"""`python -m expertmesh`."""
+
+from expertmesh.cli.main import app
+
+app()

@@ -1,0 +1,28 @@
+"""`expertmesh`: one command per file, put together here."""
+
+import typer
+
+from expertmesh.cli.controller import controller
+from expertmesh.cli.demo import demo
+from expertmesh.cli.explain import explain
+from expertmesh.cli.gateway import gateway
+from expertmesh.cli.keys import keys_app
+from expertmesh.cli.status import status
+from expertmesh.cli.up import up
+from expertmesh.cli.usage import usage
+
+app = typer.Typer(
+    name="expertmesh",
+    help="Serve mixture-of-experts models as expert-parallel groups on Ray and vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(up)
+app.command()(demo)
+app.command()(status)
+app.command()(explain)
+app.command()(usage)
+app.add_typer(keys_app, name="keys")
+app.command()(gateway)
+app.command()(controller)

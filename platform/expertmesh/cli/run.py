@@ -1,0 +1,35 @@
+"""How the commands that run for a while begin, report progress and end."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import typer
+
+from expertmesh.errors import ExpertMeshError
+
+
+def run_command(work: Callable[[], Awaitable[None]]) -> None:
+    """Errors meant for a person go to stderr with exit code 2; Ctrl-C is an orderly end."""
+
+    async def main() -> None:
+        await work()
+
+    try:
+        asyncio.run(main())
+    except ExpertMeshError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        typer.echo("stopped", err=True)
+        raise typer.Exit(130) from None
+
+
+def progress() -> Callable[[str], None]:
+    """Lines with the seconds since the first one."""
+    started_s = time.monotonic()
+
+    def report(text: str) -> None:
+        typer.echo(f"[{time.monotonic() - started_s:5.0f} s] {text}")
+
+    return report

@@ -1,0 +1,49 @@
+"""`expertmesh up`: a whole system on this machine, until Ctrl-C."""
+
+import asyncio
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from expertmesh.cli.run import progress, run_command
+from expertmesh.errors import SetupError
+from expertmesh.spec.load import load_system
+
+ManifestFiles = Annotated[
+    list[Path],
+    typer.Option("-f", metavar="FILE", help="Manifests: one Platform, and the models."),
+]
+
+
+def up(files: ManifestFiles) -> None:
+    """Start Ray nodes, controller and gateway on this machine; Ctrl-C ends all of it."""
+    run_command(lambda: _up(files))
+
+
+async def _up(files: list[Path]) -> None:
+    # Imported here: gateway and controller start from an install without the parts of `up`.
+    from expertmesh.launch.local import LocalSystem
+
+    system = load_system(files)
+    loop = asyncio.get_running_loop()
+    # The same way out for Ctrl-C, `kill` and a closed terminal.
+    task = asyncio.current_task()
+    assert task is not None
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, task.cancel)
+    local = LocalSystem(system, files, progress())
+    async with local:
+        models = ", ".join(model.name for model in system.models)
+        typer.echo(
+            f"\ngateway     {local.gateway_url}/v1   (models: {models})\n"
+            "a key       expertmesh keys create --tenant me\n"
+            "watch       expertmesh status\n"
+            "stop        Ctrl-C\n"
+        )
+        while True:
+            failure = local.failed_service()
+            if failure:
+                raise SetupError(failure)
+            await asyncio.sleep(1)

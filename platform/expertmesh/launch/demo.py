@@ -1,0 +1,214 @@
+"""The demo's story: one group at rest, a burst that earns a second one, quiet that returns it."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import aiohttp
+from openai import APIStatusError, AsyncOpenAI
+
+from expertmesh.core.domain.fleet import GroupState
+from expertmesh.core.metering.report import By, UsageReport
+from expertmesh.errors import UpstreamUnavailable
+from expertmesh.launch.controller_view import ControllerView
+from expertmesh.launch.local import LocalSystem
+from expertmesh.store.database import open_database
+from expertmesh.store.keys import KeyBook
+from expertmesh.store.ledger import Ledger
+from expertmesh.store.report import usage_report
+
+QUESTIONS = (
+    "Tell me a story about a fox.",
+    "What is the sea?",
+    "Tell me a story about a happy dog.",
+    "Who are you?",
+    "Tell me a story about a kite.",
+    "What do bees make?",
+)
+_BURST_CLIENTS = 12
+_BURST_PAUSE_S = 0.5
+_READY_TIMEOUT_S = 240.0
+_SCALE_UP_TIMEOUT_S = 240.0
+_SHARED_LOAD_S = 8.0
+"""How long the burst goes on over both groups."""
+_SCALE_DOWN_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True, slots=True)
+class BurstResult:
+    answered: int
+    failed: int
+    groups_at_peak: int
+
+
+class Demo:
+    """Raises UpstreamUnavailable when the system does not do in time what the story tells."""
+
+    def __init__(
+        self, local: LocalSystem, report: Callable[[str], None], write: Callable[[str], None]
+    ) -> None:
+        """`report` takes whole lines, `write` the pieces of a streamed answer."""
+        self._local = local
+        self._report = report
+        self._write = write
+        self._model = local.system.models[0].name
+        self._told: set[int] = set()
+
+    async def run(self) -> UsageReport:
+        started_s = time.time()
+        async with self._client() as client, aiohttp.ClientSession() as http:
+            view = ControllerView(http, self._local.controller_url, self._local.state.mesh_token())
+            async with self._telling_decisions(view):
+                self._report(f"waiting for the first group of {self._model}")
+                await self._until_groups(view, 1, _READY_TIMEOUT_S)
+                await self._stream_one(client)
+                burst = await self._burst(client, view)
+                self._report(
+                    f"burst over: {burst.answered} answers, {burst.failed} failed, "
+                    f"{burst.groups_at_peak} groups at the peak; now it is quiet"
+                )
+                await self._until_groups(view, 1, _SCALE_DOWN_TIMEOUT_S, exactly=True)
+                self._report("one group is left")
+        if burst.failed:
+            raise UpstreamUnavailable(
+                f"{burst.failed} requests of the burst failed; see {self._local.state.logs}"
+            )
+        return await self._usage(started_s)
+
+    @contextlib.asynccontextmanager
+    async def _client(self) -> AsyncIterator[AsyncOpenAI]:
+        database = await open_database(self._local.state.store_url)
+        try:
+            key = await KeyBook(database).create("demo", "demo", time.time(), time.time() + 3600)
+        finally:
+            await database.close()
+        async with AsyncOpenAI(
+            base_url=f"{self._local.gateway_url}/v1",
+            api_key=key.secret,
+            timeout=_READY_TIMEOUT_S,
+            max_retries=0,
+        ) as client:
+            await self._until_key_is_known(client)
+            yield client
+
+    async def _until_key_is_known(self, client: AsyncOpenAI) -> None:
+        """Gateways read new keys once a second."""
+        for _ in range(50):
+            with contextlib.suppress(APIStatusError):
+                await client.models.list()
+                return
+            await asyncio.sleep(0.2)
+        raise UpstreamUnavailable("the gateway did not take a new key within 10 s")
+
+    async def _stream_one(self, client: AsyncOpenAI) -> None:
+        question = QUESTIONS[0]
+        self._report(f"asking through the gateway with the OpenAI client: {question}")
+        sent_s = time.monotonic()
+        first_s: float | None = None
+        chunks = 0
+        stream = await client.chat.completions.create(
+            model=self._model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=120,
+            temperature=0.0,
+            stream=True,
+        )
+        self._write("\n    ")
+        async for chunk in stream:
+            text = chunk.choices[0].delta.content if chunk.choices else None
+            if text:
+                first_s = first_s or time.monotonic() - sent_s
+                chunks += 1
+                self._write(text.replace("\n", "\n    "))
+        self._write("\n\n")
+        duration_s = time.monotonic() - sent_s
+        self._report(
+            f"first text after {(first_s or duration_s) * 1000:.0f} ms, "
+            f"{chunks / duration_s:.0f} tokens/s"
+        )
+
+    async def _burst(self, client: AsyncOpenAI, view: ControllerView) -> BurstResult:
+        self._report(f"a burst: {_BURST_CLIENTS} clients at once")
+        stop = asyncio.Event()
+        counts = [0, 0]
+
+        async def ask(number: int) -> None:
+            while not stop.is_set():
+                question = QUESTIONS[number % len(QUESTIONS)]
+                try:
+                    await client.chat.completions.create(
+                        model=self._model,
+                        messages=[{"role": "user", "content": question}],
+                        max_tokens=100,
+                        seed=number,
+                    )
+                    counts[0] += 1
+                except APIStatusError as error:
+                    counts[1] += 1
+                    self._report(f"a request failed: {error}")
+
+        clients = [asyncio.create_task(ask(number)) for number in range(_BURST_CLIENTS)]
+        try:
+            await self._until_groups(view, 2, _SCALE_UP_TIMEOUT_S)
+            self._report("two groups share the burst")
+            await asyncio.sleep(_SHARED_LOAD_S)
+            peak = await self._ready_groups(view)
+        finally:
+            stop.set()
+            await asyncio.gather(*clients, return_exceptions=True)
+        return BurstResult(counts[0], counts[1], peak)
+
+    async def _until_groups(
+        self, view: ControllerView, count: int, timeout_s: float, exactly: bool = False
+    ) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            failure = self._local.failed_service()
+            if failure:
+                raise UpstreamUnavailable(failure)
+            fleet = await view.fleet()
+            ready = sum(group.state is GroupState.READY for group in fleet.groups)
+            if ready >= count and (not exactly or len(fleet.groups) == count):
+                return
+            if time.monotonic() > deadline_s:
+                states = ", ".join(f"{g.name} {g.state} {g.message}" for g in fleet.groups)
+                raise UpstreamUnavailable(
+                    f"{ready} of {count} groups ready after {timeout_s:.0f} s ({states}); "
+                    f"see {self._local.state.logs}"
+                )
+            await asyncio.sleep(_BURST_PAUSE_S)
+
+    async def _ready_groups(self, view: ControllerView) -> int:
+        fleet = await view.fleet()
+        return sum(group.state is GroupState.READY for group in fleet.groups)
+
+    @contextlib.asynccontextmanager
+    async def _telling_decisions(self, view: ControllerView) -> AsyncIterator[None]:
+        """Prints each decision once, as it is made, with its reason."""
+        task = asyncio.create_task(self._tell_decisions(view))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def _tell_decisions(self, view: ControllerView) -> None:
+        while True:
+            with contextlib.suppress(UpstreamUnavailable):
+                for decision in sorted(await view.decisions(20), key=lambda d: int(d["seq"])):
+                    if decision["seq"] not in self._told:
+                        self._told.add(decision["seq"])
+                        self._report(f"  decision {decision['seq']}: {decision['reason']}")
+            await asyncio.sleep(_BURST_PAUSE_S)
+
+    async def _usage(self, started_s: float) -> UsageReport:
+        # The gateway writes its ledger at least once a second, the controller every few seconds.
+        await asyncio.sleep(2)
+        database = await open_database(self._local.state.store_url)
+        try:
+            return await usage_report(Ledger(database), By.POOL, since_s=started_s)
+        finally:
+            await database.close()

@@ -1,0 +1,216 @@
+"""A whole system on this machine: Ray nodes as pools, a controller and a gateway, and their end."""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Self
+
+import aiohttp
+
+from expertmesh.errors import SetupError
+from expertmesh.launch.our_processes import MARKER_VARIABLE, end_processes
+from expertmesh.launch.ray_nodes import RayNodes
+from expertmesh.launch.state_dir import StateDir
+from expertmesh.serving.fate_sharing import own_children
+from expertmesh.spec.load import System
+
+Report = Callable[[str], None]
+
+_SERVICE_START_S = 60.0
+_STOP_GRACE_S = 8.0
+
+
+@dataclass(slots=True)
+class LocalSystem:
+    """Use as `async with`: on the way out, whatever happened, none of its processes is left."""
+
+    system: System
+    files: list[Path]
+    report: Report
+    state: StateDir = field(init=False)
+    _services: dict[str, subprocess.Popen[bytes]] = field(init=False, default_factory=dict)
+    _lock: IO[str] | None = field(init=False, default=None)
+    _ray_temp: Path | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self.state = StateDir.of(self.system.platform.name)
+
+    @property
+    def gateway_url(self) -> str:
+        listener = self.system.platform.gateway
+        return f"http://{listener.host}:{listener.port}"
+
+    @property
+    def controller_url(self) -> str:
+        listener = self.system.platform.controller
+        return f"http://{listener.host}:{listener.port}"
+
+    async def __aenter__(self) -> Self:
+        self.state.create()
+        self._lock = self.state.lock()
+        try:
+            stale = await asyncio.to_thread(end_processes, self.state.marker, 0.0)
+            if stale:
+                self.report(f"ended {stale} processes that an earlier run had left")
+            self._check_ports()
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._stop()
+
+    def failed_service(self) -> str | None:
+        """What ended although it should run, with where to read why; None when all run."""
+        for name, process in self._services.items():
+            if process.poll() is not None:
+                return (
+                    f"the {name} ended with exit code {process.returncode}; "
+                    f"see {self.state.logs / f'{name}.log'}"
+                )
+        return None
+
+    def _check_ports(self) -> None:
+        platform = self.system.platform
+        for name, host, port in (
+            ("gateway.port", platform.gateway.host, platform.gateway.port),
+            ("controller.port", platform.controller.host, platform.controller.port),
+            ("ray_dashboard_port", "127.0.0.1", platform.ray_dashboard_port),
+        ):
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((host, port))
+                except OSError as error:
+                    raise SetupError(
+                        f"platform {platform.name}: {name}: {port}: {error.strerror} on {host}; "
+                        "stop what listens there or write another port in the platform file"
+                    ) from None
+
+    async def _start(self) -> None:
+        started_s = time.monotonic()
+        self._ray_temp = Path(tempfile.mkdtemp(prefix=f"expertmesh-{self.state.marker}-"))
+        own_children()
+        nodes = RayNodes(
+            self._node_environment(), self._ray_temp, self.system.platform.ray_dashboard_port
+        )
+        self.report("starting the Ray head node")
+        nodes.start_head()
+        for pool in self.system.pools:
+            for number in range(pool.max_nodes):
+                # Lets Ctrl-C in between two nodes; starting one blocks for about a second.
+                await asyncio.sleep(0)
+                self.report(
+                    f"starting Ray node {number + 1} of {pool.max_nodes} in pool {pool.name} "
+                    f"(${pool.usd_per_node_hour:.2f} an hour)"
+                )
+                nodes.start_worker(pool)
+        self.report("starting the controller and the gateway")
+        self._spawn(
+            "controller",
+            [
+                *(part for file in self.files for part in ("-f", str(file))),
+                *("--dashboard-url", nodes.dashboard_url),
+                *("--serve-host", "127.0.0.1"),
+            ],
+        )
+        gateway = self.system.platform.gateway
+        self._spawn(
+            "gateway",
+            [
+                *("--controller-url", self.controller_url),
+                *("--host", gateway.host, "--port", str(gateway.port)),
+            ],
+        )
+        async with aiohttp.ClientSession() as http:
+            await self._until_healthy(http, "controller", self.controller_url)
+            await self._until_healthy(http, "gateway", self.gateway_url)
+        self.report(f"the system runs after {time.monotonic() - started_s:.0f} s")
+
+    def _node_environment(self) -> dict[str, str]:
+        programs = str(Path(sys.executable).parent)
+        return {
+            MARKER_VARIABLE: self.state.marker,
+            "EXPERTMESH_MESH_TOKEN": self.state.mesh_token(),
+            "EXPERTMESH_STORE_URL": self.state.store_url,
+            "PATH": f"{programs}{os.pathsep}{os.environ.get('PATH', '')}",
+            # Ray: its own tokens, one HTTP port a rank, loopback only, nothing sent home.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.state.ray_token_file),
+            "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_DISABLE_IMPORT_WARNING": "1",
+            # With an empty runtime environment any idle Ray worker can become a replica.
+            "RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK": "0",
+            # vLLM: several engines share this machine's cores.
+            "OMP_NUM_THREADS": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_HOST_IP": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+
+    def _spawn(self, name: str, arguments: list[str]) -> None:
+        log = (self.state.logs / f"{name}.log").open("wb")
+        with log:
+            self._services[name] = subprocess.Popen(
+                [sys.executable, "-m", "expertmesh", name, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # Ctrl-C reaches this process only, which then ends the others in order.
+                start_new_session=True,
+            )
+
+    async def _until_healthy(self, http: aiohttp.ClientSession, name: str, url: str) -> None:
+        deadline_s = time.monotonic() + _SERVICE_START_S
+        while time.monotonic() < deadline_s:
+            failure = self.failed_service()
+            if failure:
+                raise SetupError(failure)
+            with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError):
+                async with http.get(url + "/healthz", timeout=aiohttp.ClientTimeout(2)) as answer:
+                    if answer.status == 200:
+                        return
+            await asyncio.sleep(0.2)
+        raise SetupError(
+            f"the {name} did not answer at {url} within {_SERVICE_START_S:.0f} s; "
+            f"see {self.state.logs / f'{name}.log'}"
+        )
+
+    async def _stop(self) -> None:
+        """Services first, so that the gateway writes its last usage; then all that is left."""
+        self.report("stopping")
+        await asyncio.shield(asyncio.to_thread(self._stop_all))
+
+    def _stop_all(self) -> None:
+        for name in ("gateway", "controller"):
+            process = self._services.get(name)
+            if process and process.poll() is None:
+                process.terminate()
+        for process in self._services.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_STOP_GRACE_S)
+        end_processes(self.state.marker, 1.0)
+        if self._ray_temp:
+            logs = self._ray_temp / "session_latest" / "logs"
+            kept = self.state.logs / "ray"
+            shutil.rmtree(kept, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                shutil.copytree(logs, kept, ignore_dangling_symlinks=True)
+            shutil.rmtree(self._ray_temp, ignore_errors=True)
+        if self._lock:
+            self._lock.close()

@@ -1,0 +1,82 @@
+"""Several Ray nodes on this machine, one set of processes each, labelled with their pool.
+
+`ray start` would bind every port on all interfaces and translate the loopback address away, so the
+nodes are made with the class behind it. The kernel ends their processes when this one ends.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from expertmesh.core.domain.hardware import Pool
+from expertmesh.errors import SetupError
+
+_LOOPBACK = "127.0.0.1"
+_OBJECT_STORE_BYTES = 80 * 2**20
+"""Groups exchange tokens over HTTP and gloo, not through Ray's object store; Ray's minimum is 75 MiB."""
+
+
+class RayNodes:
+    """Must be used from one thread that lives as long as the nodes: they end with it."""
+
+    def __init__(self, environment: Mapping[str, str], temp_dir: Path, dashboard_port: int) -> None:
+        """`environment` is what every process of the nodes gets, beside this process' own."""
+        self._environment = environment
+        self._temp_dir = temp_dir
+        self._dashboard_port = dashboard_port
+        self._gcs_address = ""
+
+    @property
+    def dashboard_url(self) -> str:
+        return f"http://{_LOOPBACK}:{self._dashboard_port}"
+
+    def start_head(self) -> None:
+        """The head carries no ranks: GCS, the dashboard with its REST API, Serve's controller."""
+        node = self._start(
+            head=True,
+            num_cpus=0,
+            include_dashboard=True,
+            dashboard_host=_LOOPBACK,
+            dashboard_port=self._dashboard_port,
+        )
+        self._gcs_address = node
+
+    def start_worker(self, pool: Pool) -> None:
+        self._start(
+            head=False,
+            gcs_address=self._gcs_address,
+            num_cpus=pool.cpus_per_node,
+            node_manager_port=0,
+            labels={"expertmesh.io/pool": pool.name},
+        )
+
+    def _start(self, *, head: bool, **parameters: object) -> str:
+        # Ray reads its environment when it is imported, so it is imported with it in place.
+        os.environ.update(self._environment)
+        from ray._private.node import Node
+        from ray._private.parameter import RayParams
+
+        try:
+            node = Node(
+                RayParams(
+                    node_ip_address=_LOOPBACK,
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    num_gpus=0,
+                    min_worker_port=0,
+                    max_worker_port=0,
+                    dashboard_agent_listen_port=0,
+                    metrics_export_port=0,
+                    include_log_monitor=False,
+                    temp_dir=str(self._temp_dir),
+                    **parameters,
+                ),
+                head=head,
+                shutdown_at_exit=False,
+                spawn_reaper=True,
+            )
+        except Exception as error:
+            kind = "head" if head else "worker"
+            raise SetupError(
+                f"a Ray {kind} node did not start: {error}; see the logs in {self._temp_dir}"
+            ) from error
+        return str(node.gcs_address)

@@ -1,0 +1,121 @@
+import json
+
+import pytest
+
+from expertmesh.gateway.api import ENDPOINTS, ApiError
+from expertmesh.gateway.call import Question, read_headers, read_question
+
+CHAT = ENDPOINTS["/v1/chat/completions"]
+
+
+def read(body: str, path: str = "/v1/chat/completions") -> Question:
+    question = read_question(ENDPOINTS[path], body.encode())
+    assert isinstance(question, Question)
+    return question
+
+
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ("", {"include_usage": True}),
+        (',"stream_options":null', {"include_usage": True}),
+        (',"stream_options":{}', {"include_usage": True}),
+        (',"stream_options":{"include_usage":false}', {"include_usage": True}),
+        (
+            ',"stream_options":{"include_usage":null,"continuous_usage_stats":true}',
+            {"include_usage": True, "continuous_usage_stats": True},
+        ),
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_the_wish_for_usage_is_added(options: str, sent: object, path: str) -> None:
+    body = f'{{"model":"m","stream":true{options},"x":{{"y":[1.50,"\\u00e9}}"]}}}}'
+    question = read(body, path)
+    assert question.asks_usage and question.stream
+    assert question.body.count(b'"stream_options"') == 1
+    got = json.loads(question.body)
+    assert got == {**json.loads(body), "stream_options": sent}
+    assert b'[1.50,"\\u00e9}"]' in question.body
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"model":"m"}',
+        '{"model":"m","stream":false}',
+        '{"model":"m","stream":null}',
+        '{"model":"m","stream":true,"stream_options":{"include_usage":true}}',
+        '{"model":"m","stream":true,"stream_options":{"include_usage":"true"}}',
+        '{"model":"m","stream":true,"stream_options":"odd"}',
+        '{"model":"m","stream":true,"stream_options":[1]}',
+    ],
+)
+def test_other_bodies_stay_as_they_are(body: str) -> None:
+    question = read(body)
+    assert question.body == body.encode()
+    assert not question.asks_usage
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages", "/v1/embeddings"])
+def test_only_chat_completions_and_completions_know_stream_options(path: str) -> None:
+    assert read('{"model":"m","stream":true}', path).asks_usage is False
+
+
+@pytest.mark.parametrize("stream", ["true", '"true"', "1"])
+def test_a_stream_is_recognised_as_leniently_as_vllm_does(stream: str) -> None:
+    assert read(f'{{"model":"m","stream":{stream}}}').stream is True
+
+
+@pytest.mark.parametrize(
+    ("field", "tokens"),
+    [
+        ('"max_tokens":7', 7),
+        ('"max_completion_tokens":9,"max_tokens":7', 9),
+        ('"max_output_tokens":5', 5),
+        ('"max_tokens":null', 256),
+        ('"max_tokens":"x"', 256),
+        ('"max_tokens":-1', 256),
+        ('"max_tokens":true', 256),
+        ('"max_tokens":7.5', 256),
+    ],
+)
+def test_the_limit_of_tokens_is_for_load_figures_only(field: str, tokens: int) -> None:
+    assert read(f'{{"model":"m",{field}}}').max_tokens == tokens
+
+
+def test_the_last_of_two_models_counts_as_it_does_in_vllm() -> None:
+    assert read('{"model":"a","model":"b"}').model == "b"
+    assert isinstance(read_question(CHAT, b'{"model":"a","model":null}'), ApiError)
+
+
+@pytest.mark.parametrize(
+    ("headers", "secret"),
+    [
+        ([(b"authorization", b"Bearer  k1 ")], b"k1"),
+        ([(b"authorization", b"bearer k1")], b"k1"),
+        ([(b"x-api-key", b"k2")], b"k2"),
+        ([(b"x-api-key", b"k2"), (b"authorization", b"Bearer k1")], b"k1"),
+        ([(b"authorization", b"Basic k1"), (b"x-api-key", b"k2")], b"k2"),
+        ([(b"authorization", b"k1")], None),
+        ([], None),
+    ],
+)
+def test_where_a_key_may_stand(headers: list[tuple[bytes, bytes]], secret: bytes | None) -> None:
+    assert read_headers(headers).secret == secret
+
+
+def test_other_headers() -> None:
+    found = read_headers(
+        [
+            (b"x-request-id", b"job-1"),
+            (b"content-length", b"12"),
+            (b"x-stainless-read-timeout", b"600.5"),
+            (b"anthropic-version", b"2023-06-01"),
+            (b"x-vllm-priority", b"1"),
+        ]
+    )
+    assert (found.request_id, found.content_length, found.read_timeout_s) == ("job-1", 12, 600.5)
+    assert found.anthropic
+    assert found.forwarded == {"anthropic-version": "2023-06-01"}
+    for value in (b"nan", b"-1", b"", b"soon"):
+        assert read_headers([(b"x-stainless-read-timeout", value)]).read_timeout_s is None

@@ -1,0 +1,221 @@
+"""Expert parallelism on CPU against the same model in one process and in transformers."""
+
+import json
+import math
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from expertmesh.serving.expert_load import LayerLoad, add_loads
+from tests.integration.engine_process import Completion, Step
+from tests.integration.tiny_models import ARCHITECTURES, save_tiny_model
+
+pytestmark = pytest.mark.integration
+
+TINY_MODEL = Path(__file__).parents[2] / "models" / "tiny-qwen3-moe"
+CHILD = Path(__file__).with_name("engine_process.py")
+MAX_TOKENS = 12
+
+Result = dict[str, Any]
+
+
+@pytest.fixture(autouse=True)
+def no_process_left() -> Iterator[None]:
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    left = set(psutil.Process().children(recursive=True)) - before
+    gone, alive = psutil.wait_procs(left, timeout=10)
+    for process in alive:
+        process.kill()
+    assert not alive, f"processes left: {[process.cmdline() for process in alive]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    logprob: float
+    """Largest mean difference of log-probabilities; with ties at 0, the largest of all."""
+    tie: float = 0.0
+    """Two tokens this close in the reference may swap, which ends the comparison of a prompt."""
+
+
+EXACT = Tolerance(logprob=1e-3)
+
+
+def test_trained_model_alone_and_over_two_ranks(tmp_path: Path) -> None:
+    """TP=2 and DP=2, each with expert parallelism, as Ray starts them: same tokens, same
+    log-probabilities, every token counted once at the expert that got it."""
+    waves = uneven_waves(vocabulary=vocabulary_of(TINY_MODEL))
+    model, port = str(TINY_MODEL), free_port()
+    results = run_children(
+        [
+            [
+                Step("transformers", "transformers", model, waves, MAX_TOKENS),
+                Step("single", "single", model, waves, MAX_TOKENS),
+                Step("tensor", "tensor-parallel", model, waves, MAX_TOKENS),
+                Step("data", "data-parallel", model, waves, MAX_TOKENS, port=port),
+            ]
+        ],
+        tmp_path,
+        timeout_s=400,
+    )
+    [outcome] = results
+    data = outcome["data"]
+    for name in ("single", "tensor", "data"):
+        assert disagreements(outcome["transformers"], outcome[name], EXACT) == [], name
+
+    expected = routed_tokens(waves, TINY_MODEL)
+    for name in ("single", "tensor"):
+        assert layer_totals(loads(outcome[name]["load"])) == expected, name
+    assert loads(outcome["single"]["load"]) == loads(outcome["tensor"]["load"])
+
+    per_rank = [loads(load) for load in data["load_by_rank"]]
+    assert add_loads(per_rank) == loads(outcome["single"]["load"])
+    for first, second in zip(*per_rank, strict=True):
+        assert not {expert for expert, _ in first.tokens} & {expert for expert, _ in second.tokens}
+
+    idle = [load for rank in data["idle_load"] for load in loads(rank)]
+    assert idle and all(tokens == 0 for load in idle for _, tokens in load.tokens)
+    assert max(data["reading_s"]["busy"]) < 2.0, "a busy rank or its idle sibling was slow to answer"
+    assert max(data["reading_s"]["idle"]) < 2.0, "an idle rank was slow to answer"
+
+
+@pytest.mark.slow
+def test_architectures_over_two_ranks(tmp_path: Path) -> None:
+    pass
+
+
+def uneven_waves(vocabulary: int, seed: int = 1) -> list[list[tuple[int, list[int]]]]:
+    """Prompts of 1 to 90 tokens: first more of them on rank 0 than on rank 1, then none on rank 1,
+    then none on rank 0."""
+    draw = random.Random(seed)
+
+    def prompt(length: int) -> list[int]:
+        return [draw.randrange(3, vocabulary) for _ in range(length)]
+
+    return [
+        [(0, prompt(5)), (1, prompt(17)), (0, prompt(90)), (0, prompt(33)), (0, prompt(1))],
+        [(0, prompt(40)), (0, prompt(2))],
+        [(1, prompt(64))],
+    ]
+
+
+def vocabulary_of(model: Path) -> int:
+    size: int = json.loads((model / "config.json").read_text())["vocab_size"]
+    return size
+
+
+def routed_tokens(waves: list[list[tuple[int, list[int]]]], model: Path) -> list[int]:
+    """Tokens x top_k for each layer: every prompt token and every generated one but the last,
+    which is never fed back."""
+    config = json.loads((model / "config.json").read_text())
+    top_k = config["num_experts_per_tok"]
+    layers = config["num_hidden_layers"] - config.get("first_k_dense_replace", 0)
+    tokens = sum(len(prompt) + MAX_TOKENS - 1 for wave in waves for _, prompt in wave)
+    return [tokens * top_k] * layers
+
+
+def loads(wire: list[Any]) -> tuple[LayerLoad, ...]:
+    return tuple(
+        LayerLoad(entry["layer"], tuple((e, t) for e, t in entry["tokens"])) for entry in wire
+    )
+
+
+def layer_totals(load: Iterable[LayerLoad]) -> list[int]:
+    return [sum(tokens for _, tokens in layer.tokens) for layer in load]
+
+
+def disagreements(reference: Result, result: Result, tolerance: Tolerance) -> list[str]:
+    expected = {tuple(entry["prompt"]): Completion(**entry) for entry in reference["completions"]}
+    found = {tuple(entry["prompt"]): Completion(**entry) for entry in result["completions"]}
+    problems = [] if expected.keys() == found.keys() else ["other prompts were answered"]
+    for prompt, completion in found.items():
+        problems += _disagreements(expected[prompt], completion, tolerance)
+    return problems
+
+
+def _disagreements(expected: Completion, found: Completion, tolerance: Tolerance) -> list[str]:
+    problems = []
+    differences = []
+    for position, (token, other) in enumerate(zip(expected.tokens, found.tokens, strict=True)):
+        likely, found_likely = expected.logprobs[position], found.logprobs[position]
+        differences += [abs(likely[t] - found_likely[t]) for t in likely.keys() & found_likely.keys()]
+        if token != other:
+            gap = likely[str(token)] - likely.get(str(other), -math.inf)
+            if gap > tolerance.tie:
+                problems.append(
+                    f"prompt of {len(expected.prompt)}: token {position} is {other}, not {token}, "
+                    f"which is {gap:.4f} likelier"
+                )
+            break
+    worst = max(differences) if not tolerance.tie else sum(differences) / len(differences)
+    if worst > tolerance.logprob:
+        problems.append(
+            f"prompt of {len(expected.prompt)}: log-probabilities differ by {worst:.6f}"
+        )
+    return problems
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run_children(jobs: list[list[Step]], directory: Path, timeout_s: float) -> list[Result]:
+    """Runs one child process for each job, at the same time; their results in order."""
+    children = []
+    for number, steps in enumerate(jobs):
+        job = directory / f"job-{number}.json"
+        job.write_text(json.dumps([asdict(step) for step in steps]))
+        log = (directory / f"log-{number}.txt").open("w")
+        with log:
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, CHILD, job, directory / f"result-{number}.json"],
+                    env=child_environment(),
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                )
+            )
+    try:
+        for number, child in enumerate(children):
+            status = child.wait(timeout=timeout_s)
+            log_text = (directory / f"log-{number}.txt").read_text()
+            assert status == 0, f"child {number} ended with {status}:\n{log_text[-6000:]}"
+    finally:
+        for child in children:
+            kill_tree(child)
+    return [json.loads((directory / f"result-{n}.json").read_text()) for n in range(len(jobs))]
+
+
+def child_environment() -> dict[str, str]:
+    """One thread a process, the smallest key-value cache (GiB), nothing from the network."""
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def kill_tree(child: "subprocess.Popen[bytes]") -> None:
+    if child.poll() is not None:
+        return
+    tree = psutil.Process(child.pid).children(recursive=True)
+    child.kill()
+    child.wait()
+    for process in tree:
+        process.kill()
+    psutil.wait_procs(tree, timeout=10)
