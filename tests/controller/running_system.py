@@ -12,7 +12,8 @@ from expertmesh.core.domain.deployment import ModelDeployment, Tariff
 from expertmesh.core.domain.fleet import Fleet, GroupState
 from expertmesh.core.domain.slo import Slo
 from expertmesh.core.domain.traffic import GatewayReport, GroupTraffic, ModelTraffic
-from expertmesh.core.scaling.contract import ScalingConfig, Timing
+from expertmesh.core.scaling.contract import ModelState, ScalingConfig, Timing
+from expertmesh.core.scaling.replay import read_record
 
 MODEL = "tiny"
 
@@ -116,6 +117,10 @@ class RunningSystem:
 
     def pending(self) -> str | None:
         return self.controller.summaries()[MODEL]["pending"]
+
+    def recorded_state(self) -> ModelState:
+        decisions = [entry for entry in self.journal.entries if entry.kind == "decision"]
+        return read_record(decisions[-1].payload).decision.state
 
     def actions(self) -> list[tuple[str, str]]:
         """All that was decided, from the journal."""

@@ -169,9 +169,11 @@ async def test_a_dead_rank_takes_its_group_out_within_seconds_until_serve_restar
     puts = len(system.serve.puts)
     await system.pass_s(26)
     assert system.states()[FIRST] == "starting"
+    durations = dict(system.recorded_state().start_s)
     await system.pass_s(12)
     assert system.states() == {FIRST: "ready", SECOND: "ready"}
     assert len(system.serve.puts) == puts, "the same application came back"
+    assert system.recorded_state().start_s == durations, "a restart is no measured start"
 
 
 async def test_a_lost_host_without_room_is_replaced_in_another_pool() -> None:
@@ -587,6 +589,9 @@ async def test_a_ledger_out_of_reach_gets_the_ends_later() -> None:
     await system.pass_s(1)
     assert system.ledger.holds[SECOND].ended_at_s is not None
     assert system.controller.not_ready() == {}
+    writes = system.ledger.writes
+    await system.pass_s(10)
+    assert system.ledger.writes == writes + 2
 
 
 async def test_holds_of_groups_that_ended_without_a_controller_are_closed() -> None:

@@ -192,6 +192,18 @@ def test_a_group_is_removed_only_when_nothing_is_in_flight_there() -> None:
     assert "em-tiny-dear-2 is gone" in world.step().reason
 
 
+@pytest.mark.parametrize("flag", ["serve_answers", "journal_writes", "settled"])
+def test_a_drained_group_is_not_removed_while_anything_is_unknown(flag: str) -> None:
+    world = warm_world(2)
+    world.in_flight = {"em-tiny-dear-2": 1, "em-tiny-cheap-1": 4}
+    world.steps(16)
+    world.in_flight = {"em-tiny-cheap-1": 4}
+    setattr(world, flag, False)
+    assert [kinds(decision) for decision in world.steps(90)] == [[]] * 90
+    setattr(world, flag, True)
+    assert kinds(world.step()) == [("remove", "em-tiny-dear-2")]
+
+
 def test_the_deadline_ends_a_drain() -> None:
     world = warm_world(2, drain_deadline_s=30)
     world.in_flight = {"em-tiny-dear-2": 1, "em-tiny-cheap-1": 4}

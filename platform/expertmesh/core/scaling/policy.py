@@ -215,11 +215,6 @@ class _Turn:
                     enter(record, GroupState.READY, self.now_s, ""), record.state, "recalled"
                 )
         while len(self._active()) < self.wanted:
-            if len(self._active()) + len(self._in_state(GroupState.DRAINING)) >= (
-                self.rules.max_groups
-            ):
-                self.obstacles.append("a draining group still counts towards max")
-                return
             pool = self._cheapest_pool_with_room()
             if pool is None:
                 return
