@@ -70,7 +70,7 @@ class Recipe:
     other_rate: float = 3e-3
     weight_decay: float = 0.02
     warmup_steps: int = 40
-    balance_coefficient: float = 0.003
+    balance_coefficient: float = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,8 +355,8 @@ def train(
     adam = torch.optim.AdamW(others, recipe.other_rate, betas=(0.9, 0.95), weight_decay=0.0)
     top_k = model.config.num_experts_per_tok
     queue: list[Batch] = []
-    model.train()
     for step in range(recipe.steps):
+        model.train()
         losses: list[float] = []
         balances: list[float] = []
         for _ in range(recipe.batches_per_step):
@@ -479,6 +479,7 @@ def make(recipe: Recipe, output: Path) -> None:
     learnt_tokens = sum(len(document.ids) for document in learnt)
     print(f"{len(learnt)} documents, {learnt_tokens} tokens, {time.monotonic() - started_s:.0f} s")
 
+    wrapped = wrapped_tokenizer(tokenizer)
     model = Qwen3MoeForCausalLM(model_config(tokenizer))
     curve: list[list[float]] = []
     for step, nats, balance in train(model, learnt, recipe):
@@ -491,8 +492,9 @@ def make(recipe: Recipe, output: Path) -> None:
                 f"{elapsed_s:.0f} s",
                 flush=True,
             )
+        if step % 200 == 100:
+            print(f"> {SAMPLE_PROMPTS[0]}\n{answer(model, wrapped, SAMPLE_PROMPTS[0])}", flush=True)
 
-    wrapped = wrapped_tokenizer(tokenizer)
     built = output.with_name(f".{output.name}-{os.getpid()}")
     save(model, wrapped, built)
     model.float()  # measured as stored: rounded to bfloat16, computed in float32

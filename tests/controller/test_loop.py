@@ -423,7 +423,7 @@ async def test_a_lost_group_is_waited_for_across_a_restart() -> None:
     assert system.actions() == [("start", FIRST), ("start", SECOND)]
 
 
-async def test_a_decision_that_was_recorded_but_not_done_is_done_by_the_next_controller() -> None:
+async def test_a_start_that_was_recorded_but_not_done_is_decided_anew() -> None:
     system = RunningSystem()
     system.serve.refuses_puts = True
     await system.pass_s(1)
@@ -431,8 +431,23 @@ async def test_a_decision_that_was_recorded_but_not_done_is_done_by_the_next_con
     system.serve.refuses_puts = False
     system.restart_controller()
     await system.pass_s(14)
-    assert system.states() == {FIRST: "ready"}
-    assert system.actions() == [("start", FIRST)]
+    assert system.states() == {"em-tiny-cheap-2": "ready"}
+    assert system.serve.puts == [("em-tiny-cheap-2",)]
+
+
+async def test_groups_that_ended_without_a_controller_are_neither_shown_nor_paid_for() -> None:
+    """The whole machine was off for an hour."""
+    system = await with_two_groups()
+    seen_s = system.ledger.holds[SECOND].seen_at_s
+    system.serve.forget_everything()
+    system.gateway.queued = 0
+    system.restart_controller(after_s=3600)
+    await system.pass_s(1)
+    assert list(system.states()) == ["em-tiny-cheap-3"]
+    assert system.ledger.holds[FIRST].ended_at_s == seen_s
+    assert system.ledger.holds[SECOND].ended_at_s == seen_s
+    await system.pass_s(13)
+    assert system.states()["em-tiny-cheap-3"] == "ready"
 
 
 async def test_without_its_journal_a_controller_adopts_what_runs() -> None:

@@ -24,7 +24,7 @@ from expertmesh.core.scaling.contract import ModelState
 SPEC = GroupSpec("em-tiny-cheap-1", "tiny", "/models/tiny", "cheap", EP2, 1024, 0.6)
 URL = "http://10.0.0.1:30000/em-tiny-cheap-1"
 INFO = RankInfo("em-tiny-cheap-1", "tiny", 0, 2, 1, 0, 0.5)
-ALONE = Surroundings(gateways=(), elsewhere=(), held_since_s={}, settled=True)
+ALONE = Surroundings(gateways=(), elsewhere=(), held_since_s={}, first_look=False, settled=True)
 
 
 def application(**changes: object) -> Application:

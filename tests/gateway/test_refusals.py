@@ -286,7 +286,7 @@ async def test_other_paths_and_methods(
 @pytest.mark.parametrize(
     ("status", "body", "content_type", "sent", "message"),
     [
-        (404, b'{"detail":"Not Found"}', "application/json", 404, "Not Found"),
+        (404, b'{"detail":"No response x"}', "application/json", 404, "No response x"),
         (422, b'{"detail":[{"loc":["x"]}]}', "application/json", 422, '"loc"'),
         (400, b"plain words", "text/plain", 400, "plain words"),
         (400, b"", "text/plain", 400, "status 400"),
@@ -314,6 +314,14 @@ async def test_a_ranks_refusal_gets_the_right_shape(
     await asyncio.sleep(0.15)
     assert stand.ledger.rows == {}
     assert stand.controller.last.groups[rank.group].errors_total == 0
+
+
+async def test_an_endpoint_that_the_model_does_not_have(stand: Stand, rank: MockRank) -> None:
+    rank.always = Fault("refuse", status=404, body=b'{"detail":"Not Found"}')
+    async with stand.post("/v1/embeddings", {"model": MODEL, "input": "x"}) as response:
+        assert response.status == 404
+        message = "The model 'tiny-moe' does not offer /v1/embeddings."
+        assert_openai(await response.json(), message, "endpoint_not_offered")
 
 
 async def test_an_error_as_first_event_becomes_a_plain_answer(stand: Stand, rank: MockRank) -> None:

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
+from vllm.config import CompilationMode
 from vllm.forward_context import create_forward_context, override_forward_context
 
 from expertmesh.errors import SetupError
@@ -48,6 +49,7 @@ def engine_config(
             worker_cls=worker,
         ),
         model_config=SimpleNamespace(is_moe=moe),
+        compilation_config=SimpleNamespace(mode=CompilationMode.DYNAMO_TRACE_ONCE),
     )
 
 
@@ -58,6 +60,25 @@ def test_supported_version_gets_worker_and_communicator() -> None:
     platform.check_and_update_config(config)
     assert config.parallel_config.worker_cls == cpu_experts.EXPERT_WORKER
     assert platform.get_device_communicator_cls() == cpu_experts.EXPERT_COMMUNICATOR
+
+
+@pytest.mark.parametrize(
+    ("config", "mode"),
+    [
+        pytest.param(engine_config(), CompilationMode.DYNAMO_TRACE_ONCE, id="one rank"),
+        pytest.param(engine_config(data_parallel_size=2), CompilationMode.NONE, id="two ranks"),
+        pytest.param(
+            engine_config(data_parallel_size=2, moe=False),
+            CompilationMode.DYNAMO_TRACE_ONCE,
+            id="two ranks of a dense model",
+        ),
+    ],
+)
+def test_uneven_batches_are_not_compiled(config: Any, mode: CompilationMode) -> None:
+    platform = make_platform()
+    cpu_experts.install(platform, cpu_experts.SUPPORTED_VLLM)
+    platform.check_and_update_config(config)
+    assert config.compilation_config.mode == mode
 
 
 def test_local_version_label_is_the_same_release() -> None:
@@ -74,6 +95,7 @@ def test_installing_twice_changes_nothing() -> None:
     assert dict(vars(platform)) == hooks
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_names_of_worker_and_communicator_resolve() -> None:
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
     from vllm.utils.import_utils import resolve_obj_by_qualname

@@ -15,7 +15,7 @@ DECISION = "decision"
 STARTED = "controller started"
 
 _APPEND_TIMEOUT_S = 5.0
-_QUIET_S = 60.0
+QUIET_S = 60.0
 """A decision that changes nothing is recorded this often."""
 
 
@@ -52,7 +52,7 @@ class DecisionJournal:
         if decision.actions or decision.transitions:
             return True
         at_s, gist = self._written.get(decision.model, (float("-inf"), None))
-        return gist != _gist(decision) or record.now_s - at_s >= _QUIET_S
+        return gist != _gist(decision) or record.now_s - at_s >= QUIET_S
 
     async def write(self, record: DecisionRecord) -> int:
         async with asyncio.timeout(_APPEND_TIMEOUT_S):

@@ -17,7 +17,7 @@ from expertmesh.controller.fleet import FleetBoard
 from expertmesh.controller.gateways import GatewayBook
 from expertmesh.controller.health import StepHealth
 from expertmesh.controller.holds import CapacityKeeper, CapacityLedger
-from expertmesh.controller.journal import DecisionJournal, JournalStore
+from expertmesh.controller.journal import QUIET_S, DecisionJournal, JournalStore
 from expertmesh.controller.metrics import ControllerMetrics
 from expertmesh.controller.observe import (
     Observer,
@@ -83,6 +83,8 @@ class Controller:
         self._turned_at_s = self._started_at_s
         self._is_restored = False
         self._seen_serve = False
+        self._looked: set[str] = set()
+        """Models that have been decided on with Serve in sight."""
         self._poke = asyncio.Event()
 
         self._observer = Observer(parts.serve, parts.probe)
@@ -210,7 +212,11 @@ class Controller:
             self._states[model] = ModelState()
             return
         self._states[model] = last.decision.state
-        self._gateways.recall(model, last.observation.gateways, self._now_s())
+        now_s = self._now_s()
+        # A quiet journal may be as old as that while its gateways live.
+        since_s = now_s - self._timing.gateway_forget_s - QUIET_S
+        recent = [seen for seen in last.observation.gateways if seen.heard_at_s >= since_s]
+        self._gateways.recall(model, recent, now_s)
         if last.decision.state.groups:
             names = ", ".join(record.spec.name for record in last.decision.state.groups)
             _log.info("continuing with the recorded groups of %s: %s", model, names)
@@ -249,6 +255,7 @@ class Controller:
             ),
             elsewhere=elsewhere,
             held_since_s={name: hold.started_at_s for name, hold in self._open_holds.items()},
+            first_look=config.model not in self._looked,
             settled=self._is_settled(now_s),
         )
         observation = observation_of(config, before, snapshot, around)
@@ -265,6 +272,8 @@ class Controller:
                 observation = replace(observation, journal_writes=False)
                 decision = decide(config, before, observation, now_s)
         self._take(decision, before, now_s)
+        if snapshot.applications is not None:
+            self._looked.add(config.model)
 
     def _take(self, decision: Decision, before: ModelState, now_s: float) -> None:
         self._states[decision.model] = decision.state
@@ -272,12 +281,18 @@ class Controller:
         self.metrics.decided(decision, before)
         gone = {step.group for step in decision.transitions if step.after is GroupState.GONE}
         for record in before.groups:
-            if record.spec.name in gone:
+            if record.spec.name not in gone:
+                continue
+            if decision.model in self._looked:
                 self._keeper.end(record, now_s)
+            elif record.spec.name in self._open_holds:
+                # It ended while no controller ran: it cost until it was last seen.
+                self._keeper.close_forgotten([self._open_holds[record.spec.name]])
 
     def _drop_retired(self) -> None:
         for model in [model for model in self._retired if not self._states[model].groups]:
             self._retired.remove(model)
+            self._looked.discard(model)
             for known in (self._configs, self._states, self._last):
                 known.pop(model, None)
 

@@ -163,6 +163,7 @@ class Surroundings:
     elsewhere: tuple[GroupRecord, ...]
     """Groups of other models."""
     held_since_s: Mapping[str, float]
+    first_look: bool
     settled: bool
 
 
@@ -188,6 +189,7 @@ def observation_of(
         pools=tuple(_pool_seen(pool, snapshot.nodes, around.elsewhere) for pool in config.pools),
         gateways=around.gateways,
         serve_answers=snapshot.applications is not None,
+        first_look=around.first_look and snapshot.applications is not None,
         settled=around.settled,
         names_elsewhere=tuple(
             sorted(({*applications} | {record.spec.name for record in around.elsewhere}) - {*own})

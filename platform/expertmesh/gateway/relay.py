@@ -43,6 +43,7 @@ _RETRY_AFTER_S = 1.0
 _LARGE_BODY_BYTES = 1024 * 1024
 _MOST_ERROR_BYTES = 64 * 1024
 _END_GRACE_S = 0.5
+_NO_ROUTE = "Not Found"
 _MESH_TOKEN_HEADER = "X-EM-Mesh-Token"
 # Another group may do better, as with every 5xx but 501, which the model cannot do anywhere. With
 # 401 and 403 a rank refuses the mesh token, never the client's key, which it does not see.
@@ -246,7 +247,7 @@ class Relay:
         try:
             response = await self._post(call, candidate)
             if response.status >= 300:
-                return await self._read_refusal(response, candidate)
+                return await self._read_refusal(call, response, candidate)
             streams = response.content_type == "text/event-stream"
             if not streams or call.endpoint.answer is Answer.WHOLE:
                 body = await response.read()
@@ -299,7 +300,7 @@ class Relay:
         return url
 
     async def _read_refusal(
-        self, response: aiohttp.ClientResponse, candidate: Candidate
+        self, call: Call, response: aiohttp.ClientResponse, candidate: Candidate
     ) -> _Failure | ApiError:
         status = response.status
         body = b""
@@ -310,6 +311,13 @@ class Relay:
         gone = status < 400 or (status == 404 and response.content_type == "text/plain")
         if gone or status in _RETRIED_STATUSES or (status >= 500 and status != 501):
             return _failure_of(candidate, status, error, response)
+        if status == 404 and error.message == _NO_ROUTE:
+            # vLLM has the routes of the model's kind only.
+            return ApiError(
+                404,
+                f"The model '{call.model.name}' does not offer {call.endpoint.path}.",
+                code="endpoint_not_offered",
+            )
         return error
 
     async def _first_events(
@@ -412,7 +420,9 @@ class Relay:
     async def _break_off(self, flight: _Flight, send: Send) -> None:
         """The client has seen a beginning: tell it that no end comes, in the stream."""
         call = flight.call
-        error = ApiError(502, f"The stream broke off: {call.error}.", code="upstream_failed")
+        error = ApiError(
+            502, f"The stream broke off: {call.error.rstrip('.')}.", code="upstream_failed"
+        )
         flight.finished = True
         await send(
             {
@@ -487,7 +497,7 @@ def _failure_of(
 def _unavailable(call: Call, failure: _Failure) -> ApiError:
     return ApiError(
         failure.status,
-        f"The model '{call.model.name}' could not answer: {failure.reason}.",
+        f"The model '{call.model.name}' could not answer: {failure.reason.rstrip('.')}.",
         code="upstream_unavailable",
         retry_after_s=failure.retry_after_s or _RETRY_AFTER_S,
     )

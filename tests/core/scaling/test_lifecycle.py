@@ -12,7 +12,7 @@ from expertmesh.core.scaling.contract import (
     RankSeen,
     ReplicaSeen,
 )
-from expertmesh.core.scaling.lifecycle import LEGAL, advance, enter, is_complete
+from expertmesh.core.scaling.lifecycle import LEGAL, Room, advance, enter, is_complete
 
 STARTING, READY, DRAINING, LOST, GONE = GroupState
 CONFIG = config()
@@ -58,6 +58,7 @@ def mute(failures: int) -> tuple[RankSeen, ...]:
 
 
 FRESH = replicas("RUNNING", "RUNNING", members=("a/7", "b/8"))
+UNKNOWN = Room(None, None)
 REMOVED = {"removed_at_s": 90.0}
 
 
@@ -98,8 +99,8 @@ REMOVED = {"removed_at_s": 90.0}
             seen("DEPLOYING", replicas("STARTING", "STARTING", members=(None, None)), ()),
             True,
             STARTING,
-            "pending: no room in pool cheap",
-            id="no node for its replicas",
+            "waiting for its processes",
+            id="placed but not started",
         ),
         pytest.param(
             ASKED, seen("DEPLOYING", (), ()), True, STARTING, "Serve builds", id="not built yet"
@@ -218,7 +219,7 @@ REMOVED = {"removed_at_s": 90.0}
 def test_what_follows_from_what_is_seen(
     record: GroupRecord, look: GroupSeen, room: bool, after: GroupState, words: str
 ) -> None:
-    result, removal = advance(CONFIG, record, look, Observation(), room, 100.0)
+    result, removal = advance(CONFIG, record, look, Observation(), Room(room, room), 100.0)
     assert result.state is after
     assert words in result.message
     assert removal is None
@@ -246,7 +247,7 @@ def test_what_follows_from_what_is_seen(
 def test_when_a_lost_group_is_given_up(
     record: GroupRecord, look: GroupSeen, room: bool, words: str
 ) -> None:
-    after, removal = advance(CONFIG, record, look, Observation(), room, 100.0)
+    after, removal = advance(CONFIG, record, look, Observation(), Room(room, room), 100.0)
     assert after == record
     assert removal is not None
     assert words in removal.why
@@ -255,19 +256,36 @@ def test_when_a_lost_group_is_given_up(
 @pytest.mark.parametrize("record", [SERVING, LOST_NOW, replace(LOST_NOW, **REMOVED), ASKED])
 def test_nothing_is_concluded_from_serves_silence(record: GroupRecord) -> None:
     look = GroupSeen(SPEC.name, None, RANKS if record is SERVING else (), None)
-    result = advance(CONFIG, record, look, Observation(serve_answers=False), None, 100.0)
+    result = advance(CONFIG, record, look, Observation(serve_answers=False), UNKNOWN, 100.0)
     assert result == (record, None)
+
+
+def test_a_group_that_waits_for_nodes_is_pending() -> None:
+    look = seen("DEPLOYING", replicas("STARTING", "STARTING", members=(None, None)), ())
+    after, _ = advance(CONFIG, ASKED, look, Observation(), Room(True, False), 100.0)
+    assert (after.state, after.message) == (STARTING, "pending: no room in pool cheap")
+
+
+@pytest.mark.parametrize("record", [ASKED, SERVING, LOST_NOW, replace(SERVING, state=DRAINING)])
+def test_a_new_controller_forgets_groups_that_ended_before_it_started(record: GroupRecord) -> None:
+    first = Observation(first_look=True)
+    nothing = seen(None, ranks=(RankSeen(URLS[0], 1), RankSeen(URLS[1], 1)))
+    assert advance(CONFIG, record, nothing, first, UNKNOWN, 100.0)[0].state is GONE
+    kept = replace(first, serve_answers=False)
+    assert advance(CONFIG, record, nothing, kept, UNKNOWN, 100.0)[0].state is record.state
+    answering = seen(None, ranks=RANKS[:1])
+    assert advance(CONFIG, SERVING, answering, first, UNKNOWN, 100.0)[0].state is READY
 
 
 def test_a_start_has_a_deadline() -> None:
     late = CONFIG.timing.start_deadline_s
-    after, _ = advance(CONFIG, ASKED, seen("DEPLOYING", (), ()), Observation(), True, late)
+    after, _ = advance(CONFIG, ASKED, seen("DEPLOYING", (), ()), Observation(), UNKNOWN, late)
     assert (after.state, after.failed_start) == (LOST, True)
 
 
 def test_a_ready_group_has_the_addresses_of_its_ranks_in_order() -> None:
     look = seen(ranks=(RankSeen("http://z", 0, 0, 2), RankSeen("http://a", 0, 1, 2)))
-    after, _ = advance(CONFIG, ASKED, look, Observation(), True, 100.0)
+    after, _ = advance(CONFIG, ASKED, look, Observation(), UNKNOWN, 100.0)
     assert after.ranks == (Rank(0, "http://z"), Rank(1, "http://a"))
     assert after.members == MEMBERS
     assert is_complete(after, look)

@@ -29,9 +29,6 @@ class Timing:
     """A group that is not ready by then has failed to start."""
     restart_grace_s: float = 60.0
     """Time for Serve to restart a broken gang; it notices a dead engine after about 26 s."""
-    placement_patience_s: float = 30.0
-    """A group whose replicas have no process for longer is shown as pending; a process that has
-    its place starts in 5 to 20 s, nearly all of it Python imports."""
     backoff_first_s: float = 10.0
     backoff_max_s: float = 600.0
 
@@ -177,6 +174,8 @@ class Observation:
     """False: nothing about applications is known, so nothing is started, drained or removed."""
     journal_writes: bool = True
     """False: a decision could not be recorded, so nothing is started, drained or removed."""
+    first_look: bool = False
+    """The first time that this controller sees Serve: groups may have ended before it started."""
     settled: bool = True
     """False just after the controller's start: gateways may not have reported yet."""
     names_elsewhere: tuple[str, ...] = ()

@@ -14,6 +14,7 @@
 | draining | gone     | removed, and its application and placement group disappeared     |
 | lost     | starting | Serve restarts its gang, or all ranks answer again: same name    |
 | lost     | gone     | removed, and its application and placement group disappeared     |
+| any      | gone     | a new controller finds neither its application nor its ranks     |
 
 A lost group is waited for while its pool has room for its workers: Serve restarts the gang there by
 itself. It is removed, and replaced where there is room, when the pool has no room (its host died),
@@ -33,8 +34,10 @@ from expertmesh.core.scaling.contract import (
 )
 
 LEGAL: dict[GroupState, frozenset[GroupState]] = {
-    GroupState.STARTING: frozenset({GroupState.READY, GroupState.DRAINING, GroupState.LOST}),
-    GroupState.READY: frozenset({GroupState.DRAINING, GroupState.LOST}),
+    GroupState.STARTING: frozenset(
+        {GroupState.READY, GroupState.DRAINING, GroupState.LOST, GroupState.GONE}
+    ),
+    GroupState.READY: frozenset({GroupState.DRAINING, GroupState.LOST, GroupState.GONE}),
     GroupState.DRAINING: frozenset({GroupState.READY, GroupState.LOST, GroupState.GONE}),
     GroupState.LOST: frozenset({GroupState.STARTING, GroupState.GONE}),
     GroupState.GONE: frozenset(),
@@ -45,6 +48,16 @@ _FAILED = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
 _LEAVING_REPLICA = frozenset({"STOPPING", "STOPPED"})
 _RUNNING_REPLICA = "RUNNING"
 _STARTING_REPLICA = "STARTING"
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Whether a group's pool holds its workers, beside the groups that come before it."""
+
+    possible: bool | None
+    """With all the nodes that the pool may have; None: not known."""
+    now: bool | None
+    """With the nodes that it has; None: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,23 +77,34 @@ def advance(
     record: GroupRecord,
     seen: GroupSeen,
     observation: Observation,
-    room_for_it: bool | None,
+    room: Room,
     now_s: float,
 ) -> tuple[GroupRecord, Removal | None]:
-    """At most one step. `room_for_it`: its pool can hold its workers; None: not known."""
+    """At most one step."""
+    if observation.first_look and _has_ended(seen, observation):
+        return enter(record, GroupState.GONE, now_s, "ended before this controller started"), None
     if record.removed_at_s is not None:
         return _leave(record, seen, observation, now_s), None
     match record.state:
         case GroupState.STARTING:
-            return _start(config, record, seen, observation, room_for_it, now_s), None
+            return _start(config, record, seen, observation, room, now_s), None
         case GroupState.READY | GroupState.DRAINING:
             failure = _failure(config.timing, record, seen, observation)
             if failure is not None:
                 return enter(record, GroupState.LOST, now_s, failure), None
             return record, None
         case GroupState.LOST:
-            return _lose(config, record, seen, observation, room_for_it, now_s)
+            return _lose(config, record, seen, observation, room, now_s)
     return record, None
+
+
+def _has_ended(seen: GroupSeen, observation: Observation) -> bool:
+    """Serve's list alone is not enough: it is empty while Serve itself starts."""
+    return (
+        observation.serve_answers
+        and seen.application is None
+        and all(rank.index is None for rank in seen.ranks)
+    )
 
 
 def is_complete(record: GroupRecord, seen: GroupSeen) -> bool:
@@ -114,7 +138,7 @@ def _start(
     record: GroupRecord,
     seen: GroupSeen,
     observation: Observation,
-    room_for_it: bool | None,
+    room: Room,
     now_s: float,
 ) -> GroupRecord:
     if _runs(record, seen):
@@ -144,7 +168,7 @@ def _start(
         failure = f"start failed: not ready after {config.timing.start_deadline_s:g} s"
     if failure is not None:
         return replace(enter(record, GroupState.LOST, now_s, failure), failed_start=True)
-    if room_for_it is False:
+    if room.possible is False:
         return enter(record, GroupState.LOST, now_s, f"no room in pool {pool}")
     if not observation.serve_answers:
         return record
@@ -155,10 +179,10 @@ def _start(
         message = _short(application.message)
     elif any(replica.member is not None for replica in replicas):
         message = "loading"
-    elif now_s - record.since_s < config.timing.placement_patience_s:
-        message = "waiting for its processes"
-    else:
+    elif room.now is False:
         message = f"pending: no room in pool {pool}"
+    else:
+        message = "waiting for its processes"
     return replace(record, message=message)
 
 
@@ -209,14 +233,14 @@ def _lose(
     record: GroupRecord,
     seen: GroupSeen,
     observation: Observation,
-    room_for_it: bool | None,
+    room: Room,
     now_s: float,
 ) -> tuple[GroupRecord, Removal | None]:
     if not observation.serve_answers:
         return record, None
     if record.failed_start:
         return record, Removal(record.message)
-    if room_for_it is False:
+    if room.possible is False:
         return record, Removal(f"no room in pool {record.spec.pool} to restart it")
     application = seen.application
     if application is None:

@@ -22,7 +22,7 @@ from expertmesh.core.scaling.contract import (
     workers_of,
 )
 from expertmesh.core.scaling.demand import Demand, is_drained, measure
-from expertmesh.core.scaling.lifecycle import advance, enter
+from expertmesh.core.scaling.lifecycle import Room, advance, enter
 from expertmesh.core.scaling.naming import next_free_name, number_of
 
 # A journal entry and a gateway's clock need no more often than this.
@@ -145,6 +145,9 @@ class _Turn:
 
     def settle_wanted(self) -> None:
         """Follow the need, but only once it has held for its delay."""
+        if self.observation.first_look and not self.groups:
+            # Everything was stopped meanwhile: what was wanted then is no need of today.
+            self.wanted, self.window = 0, None
         self.wanted = max(self.rules.min_groups, min(self.rules.max_groups, self.wanted))
         if self.wanted == 0 and self.need > 0:
             self.wanted = 1
@@ -370,14 +373,9 @@ class _Turn:
         n = number_of(record.spec.name)
         return (record.spec.usd_per_hour, pool, record.requested_at_s, n)
 
-    def _room_for(self, record: GroupRecord) -> bool | None:
-        """Whether the record's pool holds its workers, beside the groups that come before it:
-        those that serve, and the older ones. None: not known."""
+    def _room_for(self, record: GroupRecord) -> Room:
+        """The groups that come before it are those that serve, and the older ones."""
         name = record.spec.pool
-        pool = next((pool for pool in self.config.pools if pool.name == name), None)
-        capacity = capacity_workers(pool, self.pools.get(name)) if pool else None
-        if capacity is None:
-            return None
         seen = self.pools.get(name)
         used = seen.staying_elsewhere if seen else 0
         used += sum(
@@ -388,7 +386,14 @@ class _Turn:
             and other.removed_at_s is None
             and (other.state in _SERVING or _age_key(other) < _age_key(record))
         )
-        return capacity - used >= workers_of(record.spec.parallelism)
+        needed = used + workers_of(record.spec.parallelism)
+        pool = next((pool for pool in self.config.pools if pool.name == name), None)
+        limit = capacity_workers(pool, seen) if pool else None
+        live = seen.live_workers if seen else None
+        return Room(
+            possible=None if limit is None else needed <= limit,
+            now=None if live is None else needed <= live,
+        )
 
     # Bookkeeping
 
