@@ -1,4 +1,4 @@
-"""A child process of the expert-parallelism tests: runs prompts through engines, writes what came out.
+"""A child process of the expert-parallelism tests: runs prompts through engines.
 
     python engine_process.py JOB.json RESULT.json
 
@@ -87,7 +87,9 @@ def run_here(step: Step, prompts: list[list[int]], **layout: Any) -> dict[str, A
 
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     llm = LLM(**engine_arguments(step, **layout))
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling(step), use_tqdm=False)
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in prompts], sampling(step), use_tqdm=False
+    )
     loads = llm.collective_rpc("expert_load")
     llm.llm_engine.engine_core.shutdown()
     del llm
@@ -142,9 +144,7 @@ def data_rank(step: Step) -> dict[str, Any]:
         "VLLM_DP_MASTER_PORT": str(step.port),
     }
     prompts = [prompt for wave in step.waves for rank, prompt in wave if rank == step.rank]
-    return run_here(
-        step, prompts, enable_expert_parallel=True, distributed_executor_backend="uni"
-    )
+    return run_here(step, prompts, enable_expert_parallel=True, distributed_executor_backend="uni")
 
 
 def data_parallel(step: Step) -> dict[str, Any]:
@@ -180,7 +180,7 @@ async def _serve_data_parallel(step: Step) -> dict[str, Any]:
 
     async def read(rank: int, state: str) -> list[dict[str, Any]]:
         started = time.monotonic()
-        load = await read_expert_load(engines[rank])
+        load = await read_expert_load(engines[rank], timeout_s=30.0)
         reading_s[state].append(time.monotonic() - started)
         return [asdict(layer) for layer in load]
 

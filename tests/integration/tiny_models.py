@@ -120,7 +120,8 @@ def mixtral() -> transformers.PreTrainedConfig:
 
 
 def gpt_oss() -> transformers.PreTrainedConfig:
-    """Experts with biases and the clamped swiglu; attention sinks and sliding windows."""
+    """Experts with biases and the clamped swiglu; sliding windows and attention sinks, these of
+    bfloat16 values, as vLLM's CPU kernel reads them."""
     return transformers.GptOssConfig(
         **COMMON,
         head_dim=32,
@@ -168,6 +169,8 @@ def _randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
             spread = _spread(name, parameter)
             if spread is not None:
                 parameter.normal_(0.0, spread, generator=generator)
+            if name.endswith("sinks"):
+                parameter.copy_(parameter.bfloat16())
 
 
 def _spread(name: str, parameter: torch.Tensor) -> float | None:
@@ -180,5 +183,11 @@ def _spread(name: str, parameter: torch.Tensor) -> float | None:
         return 0.1
     if parameter.dim() == 1:
         return 0.2 if name.endswith("bias") else None
-    gain = 4.0 if "lm_head" in name else 2.0 if name.endswith(("gate.weight", "router.weight")) else 1.0
+    gain = (
+        4.0
+        if "lm_head" in name
+        else 2.0
+        if name.endswith(("gate.weight", "router.weight"))
+        else 1.0
+    )
     return gain / math.sqrt(parameter.shape[-1])

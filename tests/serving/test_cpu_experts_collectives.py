@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +14,7 @@ SIZES = {"even": [3, 3], "uneven": [1, 5], "none on rank 1": [4, 0], "none on ra
 
 
 def gather_inputs(rank: int, rows: int) -> list[torch.Tensor]:
-    """One tensor of each kind that a dispatch sends: states, logits, ids, flags, one row long too."""
+    """Tensors of each kind that a dispatch may send; one of them not contiguous."""
     generator = torch.Generator().manual_seed(rank)
     states = torch.randn(rows, 5, generator=generator)
     return [
@@ -57,15 +56,16 @@ def outcomes() -> Iterator[dict[str, list[Any]]]:
     ]
     for rank in ranks:
         rank.start()
-    received: dict[str, list[Any]] = {}
-    for case in SIZES:
-        for receiver, _ in pipes:
-            assert receiver.poll(120), "a rank did not answer"
-            received.setdefault(case, []).append(receiver.recv())
-    for rank in ranks:
-        rank.join(30)
-    yield received
-    alive = [rank.pid for rank in ranks if psutil.pid_exists(rank.pid or 0)]
+    for _, sender in pipes:
+        sender.close()
+    try:
+        yield {case: [receiver.recv() for receiver, _ in pipes] for case in SIZES}
+    finally:
+        for rank in ranks:
+            rank.join(30)
+        alive = [rank.pid for rank in ranks if rank.is_alive()]
+        for rank in ranks:
+            rank.kill()
     assert not alive, f"processes left: {alive}"
 
 

@@ -20,7 +20,7 @@ class Engine:
     def __init__(self, shares: list[WireLoad], delay_s: float = 0.0) -> None:
         self.shares, self.delay_s = shares, delay_s
 
-    async def collective_rpc(self, method: str, timeout: float | None = None) -> list[Any]:
+    async def collective_rpc(self, method: str) -> list[Any]:
         assert hasattr(ExpertLoadExtension, method)
         await asyncio.sleep(self.delay_s)
         return self.shares

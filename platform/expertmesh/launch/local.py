@@ -149,6 +149,8 @@ class LocalSystem:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.state.ray_token_file),
             "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+            # The controller drains a group before it removes it; Serve need not wait again.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_IMPORT_WARNING": "1",

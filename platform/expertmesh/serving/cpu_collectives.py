@@ -1,5 +1,7 @@
 """The collectives of uneven sizes that vLLM's CPU communicator lacks, over gloo."""
 
+import math
+
 import torch
 import torch.distributed as dist
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
@@ -18,7 +20,10 @@ def all_gather_rows(
     decode step, latency is all that counts.
     """
     rows, longest, world_size = tensors[0].shape[0], max(sizes), len(sizes)
-    parts = [tensor.contiguous().view(torch.uint8).reshape(rows, -1) for tensor in tensors]
+    parts = [
+        tensor.reshape(rows, math.prod(tensor.shape[1:])).contiguous().view(torch.uint8)
+        for tensor in tensors
+    ]
     widths = [part.shape[1] for part in parts]
     sent = parts[0].new_empty((longest, sum(widths)))
     torch.cat(parts, dim=1, out=sent[:rows])
@@ -29,7 +34,7 @@ def all_gather_rows(
             [block[:size] for block, size in zip(received.split(longest), sizes, strict=True)]
         )
     return [
-        part.contiguous().view(tensor.dtype).reshape(-1, *tensor.shape[1:])
+        part.contiguous().view(tensor.dtype).reshape(sum(sizes), *tensor.shape[1:])
         for part, tensor in zip(received.split(widths, dim=1), tensors, strict=True)
     ]
 

@@ -1,8 +1,8 @@
 """The vLLM general plugin that gives vLLM's CPU engine expert parallelism and expert counts.
 
-vLLM calls `register` in each of its processes. Front end and engine core load it too, so nothing here may
-import vLLM's kernels (a second of imports): the work is in `cpu_worker` and `cpu_collectives`, which only
-the worker process loads, by the names below.
+vLLM calls `register` in each of its processes. Front end and engine core load it too, so nothing
+here may import vLLM's kernels (a second of imports): the work is in `cpu_worker` and
+`cpu_collectives`, which only the worker process loads, by the names below.
 """
 
 import functools

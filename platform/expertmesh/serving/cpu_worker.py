@@ -1,4 +1,7 @@
-"""The CPU worker that keeps to its rank's share of the experts and counts the tokens they get."""
+"""The CPU worker that keeps to its rank's share of the experts and counts the tokens they get.
+
+It also mends two kernels of vLLM's CPU engine for two of the model families it serves.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +37,7 @@ class ExpertWorker(CPUWorker, ExpertLoadExtension):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         rotate_every_head()
         super().load_model(*args, **kwargs)
+        keep_sinks_in_bfloat16(self.vllm_config)
         self.expert_counters = route_locally(self.vllm_config)
 
 
@@ -53,6 +57,16 @@ def rotate_every_head() -> None:
 
     forward_cpu.expertmesh_original = original  # type: ignore[attr-defined]
     RotaryEmbedding.forward_cpu = forward_cpu
+
+
+def keep_sinks_in_bfloat16(vllm_config: VllmConfig) -> None:
+    """Patched: `sinks` of each attention layer that has them (gpt-oss). The attention kernel reads
+    them as bfloat16 whatever the model's dtype, and refuses others in the middle of a step."""
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        attention = getattr(layer, "impl", None)
+        sinks = getattr(attention, "sinks", None)
+        if sinks is not None:
+            attention.sinks = sinks.to(torch.bfloat16)
 
 
 def route_locally(vllm_config: VllmConfig) -> tuple[ExpertCounter, ...]:

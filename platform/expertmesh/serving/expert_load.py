@@ -31,7 +31,7 @@ class LayerLoad:
 class Engine(Protocol):
     """The part of vLLM's AsyncLLM that is needed here."""
 
-    async def collective_rpc(self, method: str, timeout: float | None = None) -> list[Any]: ...
+    async def collective_rpc(self, method: str) -> list[Any]: ...
 
 
 class ExpertLoadExtension:

@@ -1,0 +1,25 @@
+"""One running system for all the tests that only use it; tests that break things start their own."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.integration.running_system import RunningSystem, running_system
+
+
+@pytest.fixture(scope="session")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSystem]:
+    with running_system(tmp_path_factory.mktemp("system"), groups=(1, 1)) as started:
+        started.until_groups(1)
+        yield started
+
+
+@pytest.fixture(scope="session")
+def key(system: RunningSystem) -> str:
+    return system.new_key("tests")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path

@@ -1,0 +1,272 @@
+"""Real clients against the real system: what a served model answers, refuses, costs and shows."""
+
+import asyncio
+import json
+import socket
+import time
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import psutil
+import pytest
+
+from tests.dashboards.promql_check import Target, check_dashboard
+from tests.integration.running_system import MODEL, RunningSystem, wait_until
+
+pytestmark = [pytest.mark.integration]
+
+QUESTION: Any = [{"role": "user", "content": "Tell me a story about a fox."}]
+
+
+@pytest.fixture
+def client(system: RunningSystem, key: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{system.gateway_url}/v1", api_key=key, max_retries=0)
+
+
+def test_a_chat_answers_in_words(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=60, temperature=0
+    )
+    text = answer.choices[0].message.content or ""
+    assert text.startswith("Once upon a time"), text
+    assert answer.usage is not None and answer.usage.completion_tokens > 10
+
+
+def test_a_stream_says_the_same_in_pieces(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(
+        model=MODEL, messages=QUESTION, max_tokens=40, temperature=0
+    )
+    pieces = [
+        chunk.choices[0].delta.content or ""
+        for chunk in client.chat.completions.create(
+            model=MODEL, messages=QUESTION, max_tokens=40, temperature=0, stream=True
+        )
+    ]
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert len(pieces) > 10
+
+
+def test_completions_responses_and_tokenize_pass_through(
+    client: openai.OpenAI, system: RunningSystem, key: str
+) -> None:
+    completion = client.completions.create(model=MODEL, prompt="Once upon", max_tokens=5)
+    assert completion.usage is not None and completion.usage.completion_tokens == 5
+    response = client.responses.create(
+        model=MODEL, input="What is the sea?", max_output_tokens=20, store=False
+    )
+    assert response.output_text
+    tokens = httpx.post(
+        f"{system.gateway_url}/tokenize",
+        headers={"Authorization": f"Bearer {key}"},
+        json={"model": MODEL, "prompt": "the sea"},
+    )
+    assert tokens.json()["count"] == len(tokens.json()["tokens"]) > 0
+
+
+def test_the_anthropic_sdk_gets_its_own_api(system: RunningSystem, key: str) -> None:
+    client = anthropic.Anthropic(base_url=system.gateway_url, api_key=key, max_retries=0)
+    message = client.messages.create(model=MODEL, max_tokens=30, messages=QUESTION)
+    assert message.content[0].type == "text" and message.content[0].text
+    with client.messages.stream(model=MODEL, max_tokens=30, messages=QUESTION) as stream:
+        assert "".join(stream.text_stream)
+    counted = client.messages.count_tokens(model=MODEL, messages=QUESTION)
+    assert counted.input_tokens == message.usage.input_tokens
+
+
+def test_the_model_is_listed(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == [MODEL]
+    assert client.models.retrieve(MODEL).id == MODEL
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "words"),
+    [
+        ({"model": "gpt-9"}, 404, MODEL),
+        ({"messages": [{"role": "user", "content": "long " * 3000}]}, 400, "1024"),
+        ({"max_tokens": -1}, 400, "max_tokens"),
+    ],
+    ids=["unknown model", "prompt longer than the context", "value that makes no sense"],
+)
+def test_a_wrong_request_gets_the_openai_error(
+    system: RunningSystem, key: str, change: dict[str, Any], status: int, words: str
+) -> None:
+    answer = httpx.post(
+        f"{system.gateway_url}/v1/chat/completions",
+        headers={"Authorization": f"Bearer {key}"},
+        json={"model": MODEL, "messages": QUESTION} | change,
+    )
+    assert answer.status_code == status
+    error = answer.json()["error"]
+    assert words in error["message"] and {"type", "param", "code"} <= error.keys()
+
+
+def test_a_prompt_too_long_gets_the_anthropic_error(system: RunningSystem, key: str) -> None:
+    client = anthropic.Anthropic(base_url=system.gateway_url, api_key=key, max_retries=0)
+    with pytest.raises(anthropic.BadRequestError) as caught:
+        client.messages.create(
+            model=MODEL, max_tokens=5, messages=[{"role": "user", "content": "long " * 3000}]
+        )
+    body: Any = caught.value.body
+    assert body["type"] == "error" and body["error"]["type"] == "invalid_request_error"
+
+
+def test_nobody_enters_without_a_key(system: RunningSystem) -> None:
+    url = f"{system.gateway_url}/v1/chat/completions"
+    body = {"model": MODEL, "messages": QUESTION}
+    assert httpx.post(url, json=body).status_code == 401
+    wrong = httpx.post(url, json=body, headers={"Authorization": "Bearer sk-em-wrong"})
+    assert wrong.status_code == 401 and wrong.json()["error"]["type"]
+
+
+def test_a_client_that_goes_away_frees_the_engine(system: RunningSystem, key: str) -> None:
+    urls = [rank["base_url"] for rank in system.groups("ready")[0]["ranks"]]
+
+    def running() -> int:
+        return sum(system.rank(url, "/em/info")["running"] for url in urls)
+
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 900, "stream": True}
+    body["ignore_eos"] = True
+    with httpx.stream(
+        "POST",
+        f"{system.gateway_url}/v1/chat/completions",
+        headers={"Authorization": f"Bearer {key}"},
+        json=body,
+        timeout=60,
+    ) as stream:
+        next(stream.iter_bytes())
+        wait_until(lambda: running() == 1, 10, "the engine runs the request")
+        left_s = time.monotonic()
+    wait_until(lambda: running() == 0, 5, "the engine has dropped the request")
+    assert time.monotonic() - left_s < 5
+
+
+def test_ranks_hold_half_of_the_experts_each_and_count_all_tokens(
+    system: RunningSystem, client: openai.OpenAI
+) -> None:
+    urls = [rank["base_url"] for rank in system.groups("ready")[0]["ranks"]]
+    client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=20, temperature=0)
+    shares = [
+        wait_until(lambda url=url: system.rank(url, "/em/info")["expert_tokens"], 15, "counts")
+        for url in urls
+    ]
+    assert {len(share) for share in shares} == {8}
+    assert len({expert for share in shares for expert in share}) == 16
+    assert all(sum(share.values()) > 0 for share in shares)
+
+
+def test_ranks_offer_no_admin_routes_and_nothing_without_the_mesh_token(
+    system: RunningSystem,
+) -> None:
+    url = system.groups("ready")[0]["ranks"][0]["base_url"]
+    headers = {"X-EM-Mesh-Token": system.state.mesh_token()}
+    for path in ("/collective_rpc", "/sleep", "/scale_elastic_ep", "/v1/load_lora_adapter"):
+        assert httpx.post(url + path, headers=headers, json={}).status_code == 404, path
+    assert httpx.get(url + "/health").status_code == 200
+    for path in ("/v1/models", "/metrics", "/em/info", "/em/experts"):
+        assert httpx.get(url + path).status_code == 401, path
+
+
+def test_no_http_port_of_the_system_answers_without_a_token(system: RunningSystem) -> None:
+    """Ports of Ray's own gRPC and of torch's rendezvous speak no HTTP and are not asked."""
+    guarded = {
+        system.gateway_url: ("/v1/models", "/metrics"),
+        system.controller_url: ("/v1/fleet", "/v1/decisions", "/metrics"),
+        system.dashboard_url: ("/api/v0/nodes", "/api/serve/applications/"),
+    }
+    for url, paths in guarded.items():
+        for path in paths:
+            assert httpx.get(url + path).status_code == 401, url + path
+
+
+def test_every_address_that_the_system_chooses_is_loopback(system: RunningSystem) -> None:
+    """All but the rendezvous stores of torch.distributed, which cannot be told an address."""
+    exposed = set()
+    for process in [*system.processes(), *system.process_tree()]:
+        try:
+            connections = process.net_connections(kind="tcp")
+            name = process.name()
+        except psutil.Error:
+            continue
+        for connection in connections:
+            address = connection.laddr.ip if connection.laddr else ""
+            local = address.startswith("127.") or address in ("::1", "::ffff:127.0.0.1")
+            if connection.status == psutil.CONN_LISTEN and not local:
+                exposed.add(name)
+    assert all(name.startswith(("VLLM", "ray::ServeRepli", "python")) for name in exposed), exposed
+
+
+def test_usage_and_cost_add_up(system: RunningSystem, client: openai.OpenAI) -> None:
+    def usage() -> dict[str, Any]:
+        return dict(json.loads(system.run("usage", "--by", "tenant", "--json").stdout))
+
+    before = {row["tenant"]: row for row in usage()["rows"]}.get("tests", {"requests": 0})
+    answer = client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=12)
+    assert answer.usage is not None
+
+    def recorded() -> dict[str, Any]:
+        row = {row["tenant"]: row for row in usage()["rows"]}.get("tests", {})
+        return row if row.get("requests", 0) > before["requests"] else {}
+
+    after = wait_until(recorded, 15, "the ledger holds the request")
+    tokens_out = answer.usage.completion_tokens
+    assert after["completion_tokens"] - before.get("completion_tokens", 0) == tokens_out
+    total = usage()["total"]
+    parts = [total[name].replace(".", "") for name in ("attributed_usd", "idle_usd")]
+    assert sum(map(int, parts)) == int(total["capacity_usd"].replace(".", ""))
+
+
+def test_status_shows_the_group(system: RunningSystem) -> None:
+    shown = system.run(
+        *("status", "--once", "--platform", "test", "--controller-url", system.controller_url)
+    ).stdout
+    assert "ready" in shown and "cheap" in shown and "0.60" in shown
+
+
+async def test_every_panel_of_the_dashboard_shows_data(system: RunningSystem, key: str) -> None:
+    from dashboards.build import dashboards
+
+    def traffic() -> None:
+        client = openai.OpenAI(base_url=f"{system.gateway_url}/v1", api_key=key)
+        for _ in client.chat.completions.create(
+            model=MODEL, messages=QUESTION, max_tokens=20, stream=True
+        ):
+            pass
+
+    token = system.state.mesh_token()
+    problems = await asyncio.to_thread(
+        check_dashboard,
+        dashboards()["overview"],
+        [
+            Target("gateway", system.gateway_url.removeprefix("http://"), token),
+            Target("controller", system.controller_url.removeprefix("http://"), token),
+        ],
+        traffic=traffic,
+    )
+    assert not problems, problems
+
+
+def test_a_second_system_in_the_folder_and_a_port_in_use_are_refused(
+    system: RunningSystem, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    files = ("-f", str(system.platform_file), "-f", str(system.deployment_file))
+    second = system.run("up", *files, check=False)
+    assert second.returncode == 2
+    assert "a system runs in this folder already" in second.stderr
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        other = tmp_path_factory.mktemp("other")
+        text = system.platform_file.read_text()
+        gateway_port = system.gateway_url.rpartition(":")[2]
+        platform_file = other / "platform.yaml"
+        platform_file.write_text(
+            text.replace(gateway_port, str(port)).replace("name: test", "name: other")
+        )
+        refused = system.run(
+            "up", "-f", str(platform_file), "-f", str(system.deployment_file), check=False
+        )
+    assert refused.returncode == 2
+    assert f"gateway.port: {port}" in refused.stderr
