@@ -29,7 +29,9 @@ time.sleep(60)
 
 @contextlib.contextmanager
 def owner_and_child() -> Iterator[tuple[subprocess.Popen[str], psutil.Process]]:
-    with subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True) as owner:
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True
+    ) as owner:
         assert owner.stdout is not None
         lines = {owner.stdout.readline().strip(), owner.stdout.readline().strip()}
         assert "watching" in lines

@@ -178,6 +178,7 @@ class Controller:
             if not self._is_restored:
                 return
         snapshot = await self._observer.look(self._records())
+        self.metrics.saw_ranks(snapshot.ranks.values())
         for what in ("applications", "nodes", "placement groups"):
             if what in snapshot.problems:
                 self._health.failed(f"observe {what}", snapshot.problems[what])

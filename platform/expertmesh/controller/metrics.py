@@ -1,11 +1,11 @@
 """The controller's own metrics, set after every turn of its loop."""
 
 from collections import Counter as Tally
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from expertmesh.core.domain.fleet import GroupState
+from expertmesh.core.domain.fleet import GroupState, RankInfo
 from expertmesh.core.scaling.contract import Decision, GroupRecord, ModelState
 from expertmesh.telemetry import metrics as names
 from expertmesh.telemetry.metrics import Metric
@@ -23,6 +23,8 @@ class ControllerMetrics:
         self._report_age = self._gauge(names.CONTROLLER_REPORT_AGE)
         self._decisions = self._counter(names.CONTROLLER_DECISIONS)
         self._spend = self._counter(names.CONTROLLER_SPEND)
+        self._expert_tokens = self._counter(names.EXPERT_TOKENS)
+        self._expert_tokens_seen: dict[tuple[str, int], Mapping[str, int]] = {}
         self._loop = self._histogram(names.CONTROLLER_LOOP_DURATION)
         self._start = self._histogram(names.CONTROLLER_START_DURATION)
         self._spent_at_s: float | None = None
@@ -63,6 +65,23 @@ class ControllerMetrics:
         for gateway, age_s in report_ages_s.items():
             self._report_age.labels(gateway).set(age_s)
         self._loop.observe(duration_s)
+
+    def saw_ranks(self, ranks: Iterable[RankInfo | None]) -> None:
+        """Adds what each expert got since the last look; a rank that restarted counts from zero."""
+        seen = {}
+        for info in ranks:
+            if info is None:
+                continue
+            key = (info.group, info.rank)
+            seen[key] = info.expert_tokens
+            before = self._expert_tokens_seen.get(key, {})
+            restarted = any(
+                tokens < before.get(expert, 0) for expert, tokens in info.expert_tokens.items()
+            )
+            for expert, tokens in info.expert_tokens.items():
+                new = tokens - (0 if restarted else before.get(expert, 0))
+                self._expert_tokens.labels(info.model, info.group, expert).inc(new)
+        self._expert_tokens_seen |= seen
 
     def _count_groups(self, records: list[GroupRecord]) -> None:
         tally = Tally((r.spec.model, r.spec.pool, r.state.value) for r in records)

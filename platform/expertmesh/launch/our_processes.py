@@ -1,8 +1,8 @@
 """Find and end every process of one local system, however it came to be.
 
-Nothing of a process is proof against all that Ray and vLLM do: daemons leave the process tree, and a
-process that sets its title overwrites its environment. So a process is ours when it still carries the
-marker in its environment, or holds a file below a folder with the marker in its name, as all
+Nothing of a process is proof against all that Ray and vLLM do: daemons leave the process tree, and
+a process that sets its title overwrites its environment. So a process is ours when it still carries
+the marker in its environment, or holds a file below a folder with the marker in its name, as all
 processes of a Ray node do with their logs.
 """
 

@@ -13,7 +13,7 @@ from expertmesh.errors import SetupError
 
 _LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 80 * 2**20
-"""Groups exchange tokens over HTTP and gloo, not through Ray's object store; Ray's minimum is 75 MiB."""
+"""Groups talk HTTP and gloo and use no object store; Ray's minimum is 75 MiB."""
 
 
 class RayNodes:

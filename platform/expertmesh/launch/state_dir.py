@@ -1,4 +1,4 @@
-"""What a local system keeps on disk: its secrets, its store and its logs, below the working folder."""
+"""What a local system keeps on disk below the working folder: secrets, store, logs."""
 
 import fcntl
 import hashlib

@@ -63,7 +63,7 @@ def _die() -> None:
 
 
 def _start_ticks(pid: int) -> str:
-    """Field 22 of /proc/<pid>/stat; the second field may hold spaces, so count after its bracket."""
+    """Field 22 of /proc/<pid>/stat, counted from the bracket that ends the second one."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""One rank of a group: vLLM's native HTTP app inside a Serve replica, reduced to what a mesh needs."""
+"""One rank of a group: vLLM's native HTTP app in a Serve replica, cut to what a mesh needs."""
 
 import asyncio
 import logging
@@ -6,6 +6,7 @@ import os
 import time
 from typing import Any
 
+from fastapi import HTTPException
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import DPServer
 
@@ -50,6 +51,11 @@ class GroupServer(DPServer):
         return MeshGuard(app, self._mesh_token)
 
     async def _info(self) -> RankInfo:
+        try:
+            await self.check_health()
+        except Exception as error:
+            # The probe of the controller sees a dead engine before Serve's health check does.
+            raise HTTPException(503, f"the engine of this rank has failed: {error}") from error
         self._refresh_expert_load()
         load = engine_stats.read_load()
         return RankInfo(

@@ -87,7 +87,7 @@ class DeploymentManifest(ManifestModel):
     parallelism: ParallelismManifest
     pools: Annotated[tuple[Name, ...], Field(min_length=1)]
     scaling: Scaling = Scaling()
-    engine: dict[str, Any] = {}
+    engine: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Passed to vLLM as engine arguments."""
     tariff: TariffManifest = TariffManifest()
 

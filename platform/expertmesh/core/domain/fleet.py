@@ -110,4 +110,4 @@ class RankInfo:
     kv_usage: float
     """Share of the KV cache in use, 0 to 1."""
     expert_tokens: dict[str, int] = field(default_factory=dict)
-    """Global expert id to tokens routed to it since the start, summed over layers; own share only."""
+    """Global expert id to tokens routed to it since the start, over all layers; own share only."""

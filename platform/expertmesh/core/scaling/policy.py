@@ -475,7 +475,12 @@ class _Turn:
         text += f"; {self.wanted} wanted, {ready} ready"
         coming = [record for record in active if record.state is not GroupState.READY]
         if coming:
-            notes = ", ".join(f"{record.spec.name} {record.message}" for record in coming)
+            notes = ", ".join(
+                f"{record.spec.name} {record.message}"
+                if record.state is GroupState.STARTING
+                else f"{record.spec.name} {record.state}"
+                for record in coming
+            )
             text += f" and {len(coming)} on the way ({notes})"
         parts = [text, *self.notes]
         done = {action.group for action in self.actions}
