@@ -1,5 +1,5 @@
 """`python -m expertmesh`."""
 
-from expertmesh.cli.main import app
+from expertmesh.cli.main import main
 
-app()
+main()

@@ -1,10 +1,9 @@
-"""One running system for all the tests that only use it; tests that break things start their own."""
+"""One running system for all tests that only use it; those that break things start their own."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from tests.integration.running_system import RunningSystem, running_system
 
 

@@ -1,4 +1,4 @@
-"""A whole local system as a user starts it: `expertmesh up` in a folder of its own, on free ports."""
+"""A whole local system as a user starts it: `expertmesh up` in its own folder, on free ports."""
 
 import contextlib
 import signal
@@ -135,8 +135,10 @@ def start_system(
     platform_file, deployment_file = write_manifests(folder, ports, groups, nodes, scaling)
     with (folder / "up.log").open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "expertmesh", "up"]
-            + ["-f", str(platform_file), "-f", str(deployment_file)],
+            [
+                *(sys.executable, "-m", "expertmesh", "up"),
+                *("-f", str(platform_file), "-f", str(deployment_file)),
+            ],
             cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,

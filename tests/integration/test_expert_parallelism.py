@@ -111,7 +111,7 @@ def test_wrong_version_refuses_to_start_an_expert_parallel_engine(tmp_path: Path
         timeout=200,
     )
     assert child.returncode == 1
-    assert child.stdout.strip().endswith("vllm.v1.worker.cpu_worker.CPUWorker")
+    assert "vllm.v1.worker.cpu_worker.CPUWorker" in child.stdout.splitlines()
     assert child.stderr.count("expertmesh_cpu_experts is off") == 1
     assert child.stderr.strip().splitlines()[-1].startswith("expertmesh.errors.SetupError: engine")
 

@@ -11,7 +11,6 @@ import httpx
 import openai
 import psutil
 import pytest
-
 from tests.dashboards.promql_check import Target, check_dashboard
 from tests.integration.running_system import MODEL, RunningSystem, wait_until
 

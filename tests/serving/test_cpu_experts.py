@@ -44,12 +44,15 @@ def engine_config(
     data_parallel_size: int = 1,
     worker: str = "auto",
     moe: bool = True,
+    world_size: int = 1,
 ) -> Any:
     return SimpleNamespace(
         parallel_config=SimpleNamespace(
             enable_expert_parallel=expert_parallel,
             data_parallel_size=data_parallel_size,
             worker_cls=worker,
+            world_size=world_size,
+            distributed_executor_backend="mp",
         ),
         model_config=SimpleNamespace(is_moe=moe),
         compilation_config=SimpleNamespace(mode=CompilationMode.DYNAMO_TRACE_ONCE),
@@ -82,6 +85,26 @@ def test_uneven_batches_are_not_compiled(config: Any, mode: CompilationMode) -> 
     cpu_experts.install(platform, cpu_experts.SUPPORTED_VLLM)
     platform.check_and_update_config(config)
     assert config.compilation_config.mode == mode
+
+
+@pytest.mark.parametrize(
+    ("binding", "world_size", "executor"),
+    [
+        pytest.param("nobind", 1, "uni", id="nothing to bind"),
+        pytest.param("nobind", 2, "mp", id="two tensor-parallel workers"),
+        pytest.param("auto", 1, "mp", id="vLLM binds threads"),
+        pytest.param("0-3", 1, "mp", id="operator binds threads"),
+    ],
+)
+def test_worker_shares_the_core_s_process_when_nothing_forbids_it(
+    binding: str, world_size: int, executor: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", binding)
+    platform = make_platform()
+    cpu_experts.install(platform, cpu_experts.SUPPORTED_VLLM)
+    config = engine_config(world_size=world_size)
+    platform.check_and_update_config(config)
+    assert config.parallel_config.distributed_executor_backend == executor
 
 
 def test_local_version_label_is_the_same_release() -> None:

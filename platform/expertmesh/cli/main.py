@@ -10,6 +10,7 @@ from expertmesh.cli.keys import keys_app
 from expertmesh.cli.status import status
 from expertmesh.cli.up import up
 from expertmesh.cli.usage import usage
+from expertmesh.serving.fate_sharing import die_with_owner
 
 app = typer.Typer(
     name="expertmesh",
@@ -26,3 +27,9 @@ app.command()(usage)
 app.add_typer(keys_app, name="keys")
 app.command()(gateway)
 app.command()(controller)
+
+
+def main() -> None:
+    """The program. Services that `up` started end with it, even when it is killed."""
+    die_with_owner()
+    app()

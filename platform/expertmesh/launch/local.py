@@ -61,6 +61,8 @@ class LocalSystem:
             stale = await asyncio.to_thread(end_processes, self.state.marker, 0.0)
             if stale:
                 self.report(f"ended {stale} processes that an earlier run had left")
+            for folder in Path(tempfile.gettempdir()).glob(f"expertmesh-{self.state.marker}-*"):
+                shutil.rmtree(folder, ignore_errors=True)
             self._check_ports()
             await self._start()
         except BaseException:
@@ -154,6 +156,8 @@ class LocalSystem:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_DISABLE_IMPORT_WARNING": "1",
+            # A raylet's agents hold each other's pipe open and would outlive it: have them look.
+            "RAY_enable_pipe_based_agent_to_parent_health_check": "0",
             # With an empty runtime environment any idle Ray worker can become a replica.
             "RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK": "0",
             # vLLM: several engines share this machine's cores.

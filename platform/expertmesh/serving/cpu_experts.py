@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import vllm
+from vllm import envs
 from vllm.config import CompilationMode
 from vllm.platforms import current_platform
 
@@ -58,11 +59,16 @@ def install(platform: type[Any], version: str) -> None:
 
 
 def select_expert_worker(vllm_config: Any) -> None:
-    """Replaces vLLM's CPU worker by the one that keeps to its share of the experts and counts."""
+    """Replaces vLLM's CPU worker by the one that keeps to its share of the experts and counts, and
+    settles how it runs."""
     parallel = vllm_config.parallel_config
     if _has_uneven_batches(vllm_config):
         # torch.compile would freeze the batch sizes of the other ranks: it fails while tracing.
         vllm_config.compilation_config.mode = CompilationMode.NONE
+    if parallel.world_size == 1 and envs.VLLM_CPU_OMP_THREADS_BIND == "nobind":
+        # vLLM gives a CPU worker a process of its own only to bind its threads. Without binding,
+        # the engine core can hold it: one process less to start, which imports everything again.
+        parallel.distributed_executor_backend = "uni"
     if parallel.worker_cls == VLLM_WORKER:
         parallel.worker_cls = EXPERT_WORKER
     elif parallel.worker_cls != EXPERT_WORKER:
