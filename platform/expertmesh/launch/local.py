@@ -61,8 +61,7 @@ class LocalSystem:
             stale = await asyncio.to_thread(end_processes, self.state.marker, 0.0)
             if stale:
                 self.report(f"ended {stale} processes that an earlier run had left")
-            for folder in Path(tempfile.gettempdir()).glob(f"expertmesh-{self.state.marker}-*"):
-                shutil.rmtree(folder, ignore_errors=True)
+            await asyncio.to_thread(self._remove_stale_folders)
             self._check_ports()
             await self._start()
         except BaseException:
@@ -82,6 +81,10 @@ class LocalSystem:
                     f"see {self.state.logs / f'{name}.log'}"
                 )
         return None
+
+    def _remove_stale_folders(self) -> None:
+        for folder in Path(tempfile.gettempdir()).glob(f"expertmesh-{self.state.marker}-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _check_ports(self) -> None:
         platform = self.system.platform

@@ -3,16 +3,19 @@
 Serve imports `build` by name and passes the GroupSpec as plain data.
 """
 
+from pathlib import Path
 from typing import Any
 
 import msgspec
 from ray import serve
+from ray.llm._internal.common.callbacks.base import CallbackConfig
 from ray.serve.config import GangPlacementStrategy, GangSchedulingConfig
 from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, ModelLoadingConfig, build_dp_deployment
 
 from expertmesh.core.domain.fleet import GroupSpec
 from expertmesh.serving.group_server import GroupServer
+from expertmesh.serving.local_weights import LocalWeights
 
 POOL_LABEL = "expertmesh.io/pool"
 
@@ -38,6 +41,7 @@ def build(args: dict[str, Any]) -> Application:
 
 def llm_config(spec: GroupSpec) -> LLMConfig:
     on_cpu = spec.accelerator is None
+    is_local = Path(spec.model_source).is_absolute()
     parallelism = spec.parallelism
     engine: dict[str, Any] = {
         "data_parallel_size": parallelism.data,
@@ -59,6 +63,9 @@ def llm_config(spec: GroupSpec) -> LLMConfig:
         placement_group_config={"bundle_per_worker": worker},
         # The replica only relays to its first worker, whose bundle it shares.
         deployment_config={"ray_actor_options": {"num_cpus": 0}},
+        callback_config=CallbackConfig(callback_class=LocalWeights)
+        if is_local
+        else CallbackConfig(),
         # vLLM's own Prometheus registry answers on every rank, complete and exact.
         log_engine_metrics=False,
     )

@@ -41,6 +41,10 @@ class GroupServer(DPServer):
         own_children()
         await super().__init__(llm_config, **kwargs)
 
+    async def _start_engine(self) -> None:
+        """Without the base's usage report, which starts an actor that imports vLLM once more."""
+        await self.engine.start()
+
     async def __serve_build_asgi_app__(self) -> AsgiApp:
         app = await super().__serve_build_asgi_app__()
         app.router.routes[:] = [
