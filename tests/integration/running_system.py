@@ -129,14 +129,19 @@ def running_system(
 
 
 def start_system(
-    folder: Path, *, groups: tuple[int, int] = (1, 1), nodes: int = 2, **scaling: Any
+    folder: Path,
+    *,
+    command: str = "up",
+    groups: tuple[int, int] = (1, 1),
+    nodes: int = 2,
+    **scaling: Any,
 ) -> RunningSystem:
     ports = free_ports(3)
     platform_file, deployment_file = write_manifests(folder, ports, groups, nodes, scaling)
     with (folder / "up.log").open("wb") as log:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "expertmesh", "up"),
+                *(sys.executable, "-m", "expertmesh", command),
                 *("-f", str(platform_file), "-f", str(deployment_file)),
             ],
             cwd=folder,

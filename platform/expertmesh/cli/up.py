@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from expertmesh.cli.run import progress, run_command
-from expertmesh.errors import SetupError
 from expertmesh.spec.load import load_system
 
 ManifestFiles = Annotated[
@@ -43,7 +42,5 @@ async def _up(files: list[Path]) -> None:
             "stop        Ctrl-C\n"
         )
         while True:
-            failure = local.failed_service()
-            if failure:
-                raise SetupError(failure)
+            local.tend()
             await asyncio.sleep(1)

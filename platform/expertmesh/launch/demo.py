@@ -28,7 +28,7 @@ QUESTIONS = (
     "What do bees make?",
 )
 _BURST_CLIENTS = 12
-_BURST_PAUSE_S = 0.5
+_POLL_S = 0.5
 _READY_TIMEOUT_S = 240.0
 _SCALE_UP_TIMEOUT_S = 240.0
 _SHARED_LOAD_S = 8.0
@@ -54,10 +54,10 @@ class Demo:
         self._report = report
         self._write = write
         self._model = local.system.models[0].name
-        self._told: set[int] = set()
+        self._started_at_s = time.time()
+        self._told_up_to = 0
 
     async def run(self) -> UsageReport:
-        started_s = time.time()
         async with self._client() as client, aiohttp.ClientSession() as http:
             view = ControllerView(http, self._local.controller_url, self._local.state.mesh_token())
             async with self._telling_decisions(view):
@@ -75,7 +75,7 @@ class Demo:
             raise UpstreamUnavailable(
                 f"{burst.failed} requests of the burst failed; see {self._local.state.logs}"
             )
-        return await self._usage(started_s)
+        return await self._usage()
 
     @contextlib.asynccontextmanager
     async def _client(self) -> AsyncIterator[AsyncOpenAI]:
@@ -165,9 +165,7 @@ class Demo:
     ) -> None:
         deadline_s = time.monotonic() + timeout_s
         while True:
-            failure = self._local.failed_service()
-            if failure:
-                raise UpstreamUnavailable(failure)
+            self._local.tend()
             fleet = await view.fleet()
             ready = sum(group.state is GroupState.READY for group in fleet.groups)
             if ready >= count and (not exactly or len(fleet.groups) == count):
@@ -178,7 +176,7 @@ class Demo:
                     f"{ready} of {count} groups ready after {timeout_s:.0f} s ({states}); "
                     f"see {self._local.state.logs}"
                 )
-            await asyncio.sleep(_BURST_PAUSE_S)
+            await asyncio.sleep(_POLL_S)
 
     async def _ready_groups(self, view: ControllerView) -> int:
         fleet = await view.fleet()
@@ -198,17 +196,19 @@ class Demo:
     async def _tell_decisions(self, view: ControllerView) -> None:
         while True:
             with contextlib.suppress(UpstreamUnavailable):
-                for decision in sorted(await view.decisions(20), key=lambda d: int(d["seq"])):
-                    if decision["seq"] not in self._told:
-                        self._told.add(decision["seq"])
+                decisions = await view.decisions(20)
+                for decision in sorted(decisions, key=lambda each: int(each["seq"])):
+                    is_new = decision["seq"] > self._told_up_to
+                    if is_new and decision["at_s"] >= self._started_at_s:
+                        self._told_up_to = decision["seq"]
                         self._report(f"  decision {decision['seq']}: {decision['reason']}")
-            await asyncio.sleep(_BURST_PAUSE_S)
+            await asyncio.sleep(_POLL_S)
 
-    async def _usage(self, started_s: float) -> UsageReport:
+    async def _usage(self) -> UsageReport:
         # The gateway writes its ledger at least once a second, the controller every few seconds.
         await asyncio.sleep(2)
         database = await open_database(self._local.state.store_url)
         try:
-            return await usage_report(Ledger(database), By.POOL, since_s=started_s)
+            return await usage_report(Ledger(database), By.POOL, since_s=self._started_at_s)
         finally:
             await database.close()

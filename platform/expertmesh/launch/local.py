@@ -27,6 +27,17 @@ Report = Callable[[str], None]
 
 _SERVICE_START_S = 60.0
 _STOP_GRACE_S = 8.0
+_RESTARTS = 3
+_RESTART_WINDOW_S = 60.0
+"""A service that ends more often than that within this time is not started again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    process: subprocess.Popen[bytes]
+    arguments: tuple[str, ...]
+    starts_s: tuple[float, ...]
+    """When it was last started, oldest first."""
 
 
 @dataclass(slots=True)
@@ -37,7 +48,7 @@ class LocalSystem:
     files: list[Path]
     report: Report
     state: StateDir = field(init=False)
-    _services: dict[str, subprocess.Popen[bytes]] = field(init=False, default_factory=dict)
+    _services: dict[str, Service] = field(init=False, default_factory=dict)
     _lock: IO[str] | None = field(init=False, default=None)
     _ray_temp: Path | None = field(init=False, default=None)
 
@@ -72,15 +83,21 @@ class LocalSystem:
     async def __aexit__(self, *_: object) -> None:
         await self._stop()
 
-    def failed_service(self) -> str | None:
-        """What ended although it should run, with where to read why; None when all run."""
-        for name, process in self._services.items():
-            if process.poll() is not None:
-                return (
-                    f"the {name} ended with exit code {process.returncode}; "
-                    f"see {self.state.logs / f'{name}.log'}"
-                )
-        return None
+    def tend(self) -> None:
+        """Starts a service again that has ended. Raises SetupError for one that keeps ending."""
+        now_s = time.monotonic()
+        for name, service in list(self._services.items()):
+            if service.process.poll() is None:
+                continue
+            starts_s = (*service.starts_s, now_s)[-_RESTARTS - 1 :]
+            if len(starts_s) > _RESTARTS and now_s - starts_s[0] < _RESTART_WINDOW_S:
+                raise SetupError(self._describe_end(name))
+            self.report(f"{self._describe_end(name)}; starting it again")
+            self._services[name] = self._spawn(name, service.arguments, starts_s)
+
+    def _describe_end(self, name: str) -> str:
+        code = self._services[name].process.returncode
+        return f"the {name} ended with exit code {code}; see {self._log_file(name)}"
 
     def _remove_stale_folders(self) -> None:
         for folder in Path(tempfile.gettempdir()).glob(f"expertmesh-{self.state.marker}-*"):
@@ -122,21 +139,17 @@ class LocalSystem:
                 )
                 nodes.start_worker(pool)
         self.report("starting the controller and the gateway")
-        self._spawn(
+        self._start_service(
             "controller",
-            [
-                *(part for file in self.files for part in ("-f", str(file))),
-                *("--dashboard-url", nodes.dashboard_url),
-                *("--serve-host", "127.0.0.1"),
-            ],
+            *(part for file in self.files for part in ("-f", str(file))),
+            *("--dashboard-url", nodes.dashboard_url),
+            *("--serve-host", "127.0.0.1"),
         )
         gateway = self.system.platform.gateway
-        self._spawn(
+        self._start_service(
             "gateway",
-            [
-                *("--controller-url", self.controller_url),
-                *("--host", gateway.host, "--port", str(gateway.port)),
-            ],
+            *("--controller-url", self.controller_url),
+            *("--host", gateway.host, "--port", str(gateway.port)),
         )
         async with aiohttp.ClientSession() as http:
             await self._until_healthy(http, "controller", self.controller_url)
@@ -172,10 +185,13 @@ class LocalSystem:
             "HF_HUB_OFFLINE": "1",
         }
 
-    def _spawn(self, name: str, arguments: list[str]) -> None:
-        log = (self.state.logs / f"{name}.log").open("wb")
-        with log:
-            self._services[name] = subprocess.Popen(
+    def _start_service(self, name: str, *arguments: str) -> None:
+        self._log_file(name).unlink(missing_ok=True)
+        self._services[name] = self._spawn(name, arguments, (time.monotonic(),))
+
+    def _spawn(self, name: str, arguments: tuple[str, ...], starts_s: tuple[float, ...]) -> Service:
+        with self._log_file(name).open("ab") as log:
+            process = subprocess.Popen(
                 [sys.executable, "-m", "expertmesh", name, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -183,13 +199,16 @@ class LocalSystem:
                 # Ctrl-C reaches this process only, which then ends the others in order.
                 start_new_session=True,
             )
+        return Service(process, arguments, starts_s)
+
+    def _log_file(self, name: str) -> Path:
+        return self.state.logs / f"{name}.log"
 
     async def _until_healthy(self, http: aiohttp.ClientSession, name: str, url: str) -> None:
         deadline_s = time.monotonic() + _SERVICE_START_S
         while time.monotonic() < deadline_s:
-            failure = self.failed_service()
-            if failure:
-                raise SetupError(failure)
+            if self._services[name].process.poll() is not None:
+                raise SetupError(self._describe_end(name))
             with contextlib.suppress(aiohttp.ClientError, asyncio.TimeoutError):
                 async with http.get(url + "/healthz", timeout=aiohttp.ClientTimeout(2)) as answer:
                     if answer.status == 200:
@@ -197,7 +216,7 @@ class LocalSystem:
             await asyncio.sleep(0.2)
         raise SetupError(
             f"the {name} did not answer at {url} within {_SERVICE_START_S:.0f} s; "
-            f"see {self.state.logs / f'{name}.log'}"
+            f"see {self._log_file(name)}"
         )
 
     async def _stop(self) -> None:
@@ -207,12 +226,12 @@ class LocalSystem:
 
     def _stop_all(self) -> None:
         for name in ("gateway", "controller"):
-            process = self._services.get(name)
-            if process and process.poll() is None:
-                process.terminate()
-        for process in self._services.values():
+            service = self._services.get(name)
+            if service and service.process.poll() is None:
+                service.process.terminate()
+        for service in self._services.values():
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_STOP_GRACE_S)
+                service.process.wait(_STOP_GRACE_S)
         end_processes(self.state.marker, 1.0)
         if self._ray_temp:
             logs = self._ray_temp / "session_latest" / "logs"

@@ -1,0 +1,34 @@
+"""The demo as a user runs it: exit code, streamed text, decisions, money, and nothing left."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.integration.running_system import REPOSITORY, start_system, wait_until_gone
+
+pytestmark = [pytest.mark.integration, pytest.mark.slow]
+
+
+def test_the_demo_tells_its_whole_story(tmp_path: Path) -> None:
+    scaling = {"target_in_flight_per_group": 8, "up_delay_s": 3, "down_delay_s": 15}
+    system = start_system(tmp_path, command="demo", groups=(1, 2), **scaling)
+    assert system.process.wait(480) == 0, system.log("up")
+    told = (tmp_path / "up.log").read_text()
+    assert "Once upon a time" in told
+    assert "2 groups at the peak" in told and "one group is left" in told
+    reasons = re.findall(r"decision \d+: (.+)", told)
+    assert any("starting em-tiny-moe-cheap-1" in reason for reason in reasons)
+    assert any("starting em-tiny-moe-dear-2" in reason for reason in reasons)
+    assert any("draining em-tiny-moe-dear-2" in reason for reason in reasons)
+    money = re.search(r"capacity ([\d.]+) \$ = attributed ([\d.]+) \$ \+ idle ([\d.]+) \$", told)
+    assert money is not None
+    capacity, attributed, idle = (int(part.replace(".", "")) for part in money.groups())
+    assert capacity == attributed + idle > 0
+    assert wait_until_gone(system.state.marker, 0.0) == []
+
+
+def test_the_makefile_runs_this_demo() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    assert "demo $(MANIFESTS)" in makefile
+    assert "-f deployments/local.yaml -f deployments/tiny-moe.yaml" in makefile
