@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-
 from tests.integration.running_system import REPOSITORY, start_system, wait_until_gone
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]

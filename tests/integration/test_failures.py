@@ -138,7 +138,7 @@ def test_a_killed_replica_takes_its_engine_with_it_and_comes_back(
     engines = engines_of(rank)
     assert engines
     psutil.Process(rank).kill()
-    gone, alive = psutil.wait_procs(engines, timeout=10)
+    _, alive = psutil.wait_procs(engines, timeout=10)
     assert not alive
     until_restored(system, group)
     assert rank not in replicas(system, group)

@@ -134,7 +134,10 @@ def test_a_client_that_goes_away_frees_the_engine(system: RunningSystem, key: st
         json=body,
         timeout=60,
     ) as stream:
-        next(stream.iter_bytes())
+        assert stream.status_code == 200
+        # Kept by name: httpx closes the stream when its iterator is collected.
+        pieces = stream.iter_bytes()
+        next(pieces)
         wait_until(lambda: running() == 1, 10, "the engine runs the request")
         left_s = time.monotonic()
     wait_until(lambda: running() == 0, 5, "the engine has dropped the request")

@@ -65,7 +65,7 @@ def keep_sinks_in_bfloat16(vllm_config: VllmConfig) -> None:
     for layer in vllm_config.compilation_config.static_forward_context.values():
         attention = getattr(layer, "impl", None)
         sinks = getattr(attention, "sinks", None)
-        if sinks is not None:
+        if attention is not None and sinks is not None:
             attention.sinks = sinks.to(torch.bfloat16)
 
 
