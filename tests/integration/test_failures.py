@@ -96,7 +96,7 @@ def engines_of(pid: int) -> list[psutil.Process]:
 
 def until_restored(system: RunningSystem, group: str) -> None:
     """The group has been noticed as broken, and all groups are ready again."""
-    wait_until(lambda: len(system.groups("ready")) < 2, 60, f"{group} is seen to be broken")
+    wait_until(lambda: group not in names(system.groups("ready")), 60, f"{group} is seen as broken")
     system.until_groups(2)
 
 
@@ -105,10 +105,10 @@ def test_a_killed_controller_costs_no_request_and_no_group(system: RunningSystem
     with Trickle(system, key) as trickle:
         wait_until(lambda: trickle.answered > 3, 30, "requests are answered")
         killed = system.service("controller")
+        assert killed is not None
         killed.kill()
-        wait_until(
-            lambda: system.service("controller").pid != killed.pid, 20, "it is started again"
-        )
+        killed.wait(10)
+        wait_until(lambda: system.service("controller"), 20, "it is started again")
         system.until_groups(2, 60)
         answered = trickle.answered
         wait_until(lambda: trickle.answered > answered + 5, 60, "requests go on with the new one")
@@ -234,7 +234,8 @@ def test_ctrl_c_at_any_moment_of_the_demo_leaves_nothing(tmp_path: Path, seconds
     try:
         time.sleep(seconds)
         system.process.send_signal(signal.SIGINT)
-        assert system.process.wait(60) == 130
+        # In the first second Python itself may still be starting.
+        assert system.process.wait(60) in (130, -signal.SIGINT)
         assert wait_until_gone(system.state.marker, 0.0) == []
     finally:
         end_processes(system.state.marker, 0.0)

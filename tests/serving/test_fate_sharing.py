@@ -74,6 +74,25 @@ def test_one_whose_owner_is_gone_already_dies_at_once() -> None:
     assert run_with_owner(variable) == -signal.SIGKILL
 
 
+def test_a_child_dies_with_its_parent() -> None:
+    code = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; "
+    "from expertmesh.serving.fate_sharing import die_with_parent; die_with_parent(); "
+    "print('watching', flush=True); time.sleep(60)"], start_new_session=True)
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        lines = {parent.stdout.readline().strip(), parent.stdout.readline().strip()}
+        (child,) = lines - {"watching"}
+        parent.kill()
+        psutil.Process(int(child)).wait(5)
+
+
 @pytest.mark.parametrize("owner", ["", "another-host:1:0"])
 def test_without_an_owner_on_this_host_nothing_happens(owner: str) -> None:
     assert run_with_owner(owner) == 0

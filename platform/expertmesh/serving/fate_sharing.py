@@ -32,28 +32,34 @@ def die_with_owner() -> None:
         return
     pid_text, _, start_ticks = rest.partition(":")
     pid = int(pid_text)
-    if pid == os.getpid() or _is_watching():
-        return
-    try:
-        owner = os.pidfd_open(pid)
-    except ProcessLookupError:
-        _die()
+    if pid == os.getpid():
         return
     if _start_ticks(pid) != start_ticks:
         _die()
-    threading.Thread(target=_wait_and_die, args=(owner,), name=_THREAD, daemon=True).start()
+    die_with(pid)
 
 
-_THREAD = "expertmesh-owner-watch"
+def die_with_parent() -> None:
+    """For a Ray worker: Ray itself only looks whether its raylet's children went to process 1, which
+    they do not where a session manager or a container's supervisor adopts orphans."""
+    die_with(os.getppid())
 
 
-def _is_watching() -> bool:
-    return any(thread.name == _THREAD for thread in threading.enumerate())
+def die_with(pid: int) -> None:
+    name = f"expertmesh-fate-of-{pid}"
+    if any(thread.name == name for thread in threading.enumerate()):
+        return
+    try:
+        other = os.pidfd_open(pid)
+    except ProcessLookupError:
+        _die()
+        return
+    threading.Thread(target=_wait_and_die, args=(other,), name=name, daemon=True).start()
 
 
-def _wait_and_die(owner: int) -> None:
+def _wait_and_die(other: int) -> None:
     poll = select.poll()
-    poll.register(owner, select.POLLIN)
+    poll.register(other, select.POLLIN)
     poll.poll()
     _die()
 

@@ -15,7 +15,7 @@ from expertmesh.errors import UpstreamUnavailable
 from expertmesh.serving import engine_stats
 from expertmesh.serving.cpu_engine import CpuEngine
 from expertmesh.serving.expert_load import LayerLoad, read_expert_load
-from expertmesh.serving.fate_sharing import own_children
+from expertmesh.serving.fate_sharing import die_with_parent, own_children
 from expertmesh.serving.mesh_guard import ALLOWED_ROUTES, AsgiApp, MeshGuard
 
 MESH_TOKEN_VARIABLE = "EXPERTMESH_MESH_TOKEN"
@@ -39,6 +39,7 @@ class GroupServer(DPServer):
                 f"{MESH_TOKEN_VARIABLE} is not set on this Ray node; "
                 "start the node with the mesh token in its environment"
             )
+        die_with_parent()
         own_children()
         engine = llm_config.get_engine_config()
         if not engine.accelerator.requires_remote_initialization:

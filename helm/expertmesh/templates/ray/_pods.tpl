@@ -14,6 +14,7 @@
        head keeps Serve waiting. Large models load for longer than vLLM's own ten minutes. */}}
 {{- $platform := dict
   "RAY_SERVE_ENABLE_DIRECT_INGRESS" "1"
+  "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S" "1"
   "RAY_SERVE_KV_TIMEOUT_S" "5"
   "RAY_gcs_server_request_timeout_seconds" "5"
   "RAY_timeout_ms_task_wait_for_death_info" "0"
