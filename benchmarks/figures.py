@@ -3,8 +3,7 @@
 import os
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,27 +45,21 @@ def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Conditions:
     """What else kept the machine busy: without it no figure can be compared with another."""
 
-    before: float
-    after: float = 0.0
+    load_before: float
 
-    def __str__(self) -> str:
+    @classmethod
+    def now(cls) -> "Conditions":
+        return cls(os.getloadavg()[0])
+
+    def until_now(self) -> str:
         return (
             f"{os.cpu_count()} cores; load average over 1 minute "
-            f"{self.before:.1f} before and {self.after:.1f} after"
+            f"{self.load_before:.1f} before and {os.getloadavg()[0]:.1f} after"
         )
-
-
-@contextmanager
-def conditions() -> Iterator[Conditions]:
-    seen = Conditions(os.getloadavg()[0])
-    try:
-        yield seen
-    finally:
-        seen.after = os.getloadavg()[0]
 
 
 def with_note(figure: Figure, note: str) -> Figure:

@@ -24,7 +24,7 @@ from expertmesh.serving.group_app import llm_config, serve_options
 from expertmesh.serving.group_server import GroupServer
 
 
-class WorkerProcessEngine(VLLMEngine):
+class WorkerProcessEngine(VLLMEngine):  # type: ignore[misc]
     """The plugin that this repository installs would put the worker into the engine core."""
 
     def _prepare_engine_config(self, callback_ctx: Any) -> tuple[Any, Any, Any]:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.integration.running_system import REPOSITORY, start_system, wait_until_gone
+from tests.integration.running_system import REPOSITORY, start_system, stop_system, wait_until_gone
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
@@ -12,7 +12,10 @@ pytestmark = [pytest.mark.integration, pytest.mark.slow]
 def test_the_demo_tells_its_whole_story(tmp_path: Path) -> None:
     scaling = {"target_in_flight_per_group": 8, "up_delay_s": 3, "down_delay_s": 15}
     system = start_system(tmp_path, command="demo", groups=(1, 2), **scaling)
-    assert system.process.wait(480) == 0, system.log("up")
+    try:
+        assert system.process.wait(480) == 0, system.log("up")
+    finally:
+        stop_system(system)
     told = (tmp_path / "up.log").read_text()
     assert "Once upon a time" in told
     assert "2 groups at the peak" in told and "one group is left" in told

@@ -4,7 +4,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,26 +216,38 @@ def shown_status(system: RunningSystem) -> str:
     return " ".join(shown.split())
 
 
-def test_killing_the_whole_system_leaves_nothing(tmp_path: Path) -> None:
-    system = start_system(tmp_path)
-    try:
-        system.until_groups(1)
-        assert any(process.name().startswith("VLLM") for process in system.processes())
+@pytest.fixture
+def unstarted(tmp_path: Path) -> Iterator[Callable[..., RunningSystem]]:
+    """Starts a system without waiting for it; ended by force when the test is over."""
+    started: list[RunningSystem] = []
+
+    def start(**options: Any) -> RunningSystem:
+        started.append(start_system(tmp_path, **options))
+        return started[-1]
+
+    yield start
+    for system in started:
         system.process.kill()
         system.process.wait(10)
-        assert wait_until_gone(system.state.marker, _GONE_S) == []
-    finally:
         end_processes(system.state.marker, 0.0)
+
+
+def test_killing_the_whole_system_leaves_nothing(unstarted: Callable[..., RunningSystem]) -> None:
+    system = unstarted()
+    system.until_groups(1)
+    assert any(process.name().startswith("VLLM") for process in system.processes())
+    system.process.kill()
+    system.process.wait(10)
+    assert wait_until_gone(system.state.marker, _GONE_S) == []
 
 
 @pytest.mark.parametrize("seconds", [1.0, 6.0, 15.0, 35.0])
-def test_ctrl_c_at_any_moment_of_the_demo_leaves_nothing(tmp_path: Path, seconds: float) -> None:
-    system = start_system(tmp_path, command="demo")
-    try:
-        time.sleep(seconds)
-        system.process.send_signal(signal.SIGINT)
-        # In the first second Python itself may still be starting.
-        assert system.process.wait(60) in (130, -signal.SIGINT)
-        assert wait_until_gone(system.state.marker, 0.0) == []
-    finally:
-        end_processes(system.state.marker, 0.0)
+def test_ctrl_c_at_any_moment_of_the_demo_leaves_nothing(
+    unstarted: Callable[..., RunningSystem], seconds: float
+) -> None:
+    system = unstarted(command="demo")
+    time.sleep(seconds)
+    system.process.send_signal(signal.SIGINT)
+    # In the first second Python itself may still be starting.
+    assert system.process.wait(60) in (130, -signal.SIGINT)
+    assert wait_until_gone(system.state.marker, 0.0) == []

@@ -40,8 +40,8 @@ def die_with_owner() -> None:
 
 
 def die_with_parent() -> None:
-    """For a Ray worker: Ray itself only looks whether its raylet's children went to process 1, which
-    they do not where a session manager or a container's supervisor adopts orphans."""
+    """For a Ray worker. Ray looks only whether process 1 has adopted it, and misses a dead
+    raylet where a session manager or a container's supervisor adopts orphans."""
     die_with(os.getppid())
 
 
