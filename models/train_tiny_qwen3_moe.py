@@ -13,8 +13,8 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean
@@ -60,7 +60,6 @@ class Recipe:
 
     seed: int
     steps: int
-    threads: int
     chats: int
     held_out_chats: int = 400
     book_repeats: int = 8
@@ -70,7 +69,23 @@ class Recipe:
     other_rate: float = 3e-3
     weight_decay: float = 0.02
     warmup_steps: int = 40
+    fall_share: float = 0.6
+    """Share of the steps, at the end, over which the rates fall to nothing."""
     balance_coefficient: float = 0.01
+
+
+FIRST_RUN = Recipe(seed=7, steps=1500, chats=40_000)
+SECOND_RUN = Recipe(
+    seed=107,
+    steps=650,
+    chats=24_000,
+    book_repeats=4,
+    matrix_rate=0.01,
+    other_rate=1.5e-3,
+    fall_share=1.0,
+    balance_coefficient=0.0005,
+)
+"""With hardly any pressure to balance, the experts part: traffic then loads them unevenly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,9 +268,9 @@ def matrices_and_others(model: Qwen3MoeForCausalLM) -> tuple[list[Tensor], list[
 
 
 def rate_factor(step: int, recipe: Recipe) -> float:
-    """Warm up, hold, then fall in a straight line over the last 60 % of the steps."""
+    """Warm up, hold, then fall in a straight line."""
     warm = (step + 1) / recipe.warmup_steps
-    fall = (recipe.steps - step) / (0.6 * recipe.steps)
+    fall = (recipe.steps - step) / (recipe.fall_share * recipe.steps)
     return min(1.0, warm, fall)
 
 
@@ -414,6 +429,7 @@ def save(model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, folder:
     model.generation_config.pad_token_id = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     model.to(torch.bfloat16).save_pretrained(folder)
     rename_expert_count(folder / "config.json")
+    (folder / "model.safetensors").chmod(0o644)  # written for the owner only
     tokenizer.save_pretrained(folder, save_jinja_files=False)
     size_bytes = (folder / "model.safetensors").stat().st_size
     if size_bytes > SAFETENSORS_LIMIT_BYTES:
@@ -457,22 +473,29 @@ def write_sample(documents: Sequence[Document], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=MODELS_DIR / "tiny-qwen3-moe")
-    parser.add_argument("--steps", type=int, default=1500, help="60 are enough for a check")
-    parser.add_argument("--chats", type=int, default=40_000)
+    parser.add_argument("--continue-from", type=Path, help="folder of a first run, for a second")
+    parser.add_argument("--steps", type=int, help="60 are enough for a check")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args()
-    make(Recipe(args.seed, args.steps, args.threads, args.chats), args.output)
+    recipe = SECOND_RUN if args.continue_from else FIRST_RUN
+    if args.steps:
+        recipe = replace(recipe, steps=args.steps)
+    torch.set_num_threads(args.threads)
+    make(recipe, args.output, args.continue_from)
 
 
-def make(recipe: Recipe, output: Path) -> None:
+def make(recipe: Recipe, output: Path, continue_from: Path | None) -> None:
     started_s = time.monotonic()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
 
-    corpus = build_corpus(recipe)
+    earlier: Mapping[str, Any] = {"runs": []}
+    given: Tokenizer | None = None
+    if continue_from:
+        given = Tokenizer.from_file(str(continue_from / "tokenizer.json"))
+        earlier = json.loads((continue_from / "training_report.json").read_text(encoding="utf-8"))
+    corpus = build_corpus(recipe, given)
     tokenizer = corpus.tokenizer
     learnt = [encode(document, tokenizer) for document in corpus.learnt]
     learnt = [document for document in learnt if len(document.ids) <= MAX_DOCUMENT_TOKENS]
@@ -480,7 +503,10 @@ def make(recipe: Recipe, output: Path) -> None:
     print(f"{len(learnt)} documents, {learnt_tokens} tokens, {time.monotonic() - started_s:.0f} s")
 
     wrapped = wrapped_tokenizer(tokenizer)
-    model = Qwen3MoeForCausalLM(model_config(tokenizer))
+    if continue_from:
+        model = Qwen3MoeForCausalLM.from_pretrained(continue_from, dtype=torch.float32)
+    else:
+        model = Qwen3MoeForCausalLM(model_config(tokenizer))
     curve: list[list[float]] = []
     for step, nats, balance in train(model, learnt, recipe):
         curve.append([step, nats, balance])
@@ -508,26 +534,27 @@ def make(recipe: Recipe, output: Path) -> None:
     expert_parameters = 3 * config.hidden_size * config.moe_intermediate_size
     idle = config.num_hidden_layers * (config.num_experts - config.num_experts_per_tok)
     parameters = sum(p.numel() for p in model.parameters())
-    report: dict[str, Any] = {
+    run = {
         "recipe": asdict(recipe),
+        "documents": len(learnt),
+        "tokens": learnt_tokens,
+        "train_nats_per_token": mean(row[1] for row in curve[-50:]),
+        "curve": [[row[0], round(row[1], 4)] for row in curve[:: max(1, recipe.steps // 50)]],
+        "wall_s": round(time.monotonic() - started_s),
+        "cpu_s": round(time.process_time()),
+    }
+    report: dict[str, Any] = {
+        "runs": [*earlier["runs"], run],
         "parameters": parameters,
         "active_parameters_per_token": parameters - idle * expert_parameters,
         "experts_per_token": config.num_experts_per_tok,
         "weights_bytes": (built / "model.safetensors").stat().st_size,
-        "corpus": {
-            "documents": len(learnt),
-            "tokens": learnt_tokens,
-        },
-        "train_nats_per_token": mean(row[1] for row in curve[-50:]),
         "held_out": {kind: loss_figures(m) for kind, m in {**held_out, "all": overall}.items()},
         "expert_share": [list(layer) for layer in overall.expert_share],
         "samples": [
             {"prompt": prompt, "answer": answer(model, wrapped, prompt)}
             for prompt in SAMPLE_PROMPTS
         ],
-        "curve": [[row[0], round(row[1], 4)] for row in curve[:: max(1, recipe.steps // 50)]],
-        "wall_s": round(time.monotonic() - started_s),
-        "cpu_s": round(time.process_time()),
         "versions": {name: version(name) for name in PACKAGES},
     }
     (built / "training_report.json").write_text(
@@ -559,13 +586,13 @@ class Corpus:
     held_out: dict[str, list[Document]]
 
 
-def build_corpus(recipe: Recipe) -> Corpus:
+def build_corpus(recipe: Recipe, given: Tokenizer | None) -> Corpus:
     learnt_book, held_out_book = book_parts()
     learnt_chats = chats(recipe.seed, recipe.chats)
     seen = frozenset(document.text for document in learnt_chats)
     stories = plain_stories(recipe.seed + 1, recipe.chats // 20)
     held_out_chats = chats(recipe.seed + 2, recipe.held_out_chats, seen)
-    tokenizer = train_tokenizer(
+    tokenizer = given or train_tokenizer(
         [document.text for document in learnt_chats[:15000]] + [learnt_book] * 4
     )
     book = [
