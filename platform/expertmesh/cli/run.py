@@ -1,6 +1,7 @@
 """How the commands that run for a while begin, report progress and end."""
 
 import asyncio
+import signal
 import time
 from collections.abc import Awaitable, Callable
 
@@ -13,6 +14,12 @@ def run_command(work: Callable[[], Awaitable[None]]) -> None:
     """Errors meant for a person go to stderr with exit code 2; Ctrl-C is an orderly end."""
 
     async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        # One way out for Ctrl-C, `kill` and a closed terminal, also for a job in the background,
+        # which inherits an ignored SIGINT.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         await work()
 
     try:

@@ -1,7 +1,6 @@
 """`expertmesh up`: a whole system on this machine, until Ctrl-C."""
 
 import asyncio
-import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -26,12 +25,6 @@ async def _up(files: list[Path]) -> None:
     from expertmesh.launch.local import LocalSystem
 
     system = load_system(files)
-    loop = asyncio.get_running_loop()
-    # The same way out for Ctrl-C, `kill` and a closed terminal.
-    task = asyncio.current_task()
-    assert task is not None
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, task.cancel)
     local = LocalSystem(system, files, progress())
     async with local:
         models = ", ".join(model.name for model in system.models)
