@@ -28,8 +28,6 @@ class Figure:
             table.add_column(column, justify="right" if index else "left", overflow="fold")
         for row in self.rows:
             table.add_row(*row)
-        table.caption = "\n".join(self.notes)
-        table.caption_justify = "left"
         return table
 
     def to_markdown(self) -> str:
@@ -93,6 +91,9 @@ def mebibytes(value_bytes: float) -> str:
 def show(console: Console, figures: Iterable[Figure]) -> None:
     for figure in figures:
         console.print(figure.to_rich())
+        for note in figure.notes:
+            console.print(note, style="dim", markup=False, highlight=False)
+        console.print()
 
 
 def write_block(document: Path, name: str, figures: Sequence[Figure]) -> None:

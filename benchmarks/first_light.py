@@ -18,8 +18,9 @@ import typer
 from benchmarks.bench_system import BenchSystem, bench_system
 from benchmarks.figures import Conditions, Figure, show, with_note, write_block
 from benchmarks.gateway_alone import measure_gateway_alone
-from benchmarks.import_cost import ImportCost, measure_imports
+from benchmarks.import_cost import ImportCost, measure_imports, profile_imports
 from benchmarks.memory import measure_memory, memory_figure
+from benchmarks.process_watch import REPLICA
 from benchmarks.ray_default import watch_default_start
 from benchmarks.recovery import Recovery, kill_and_watch, recovery_figures
 from benchmarks.serving_rate import (
@@ -153,7 +154,8 @@ class FirstLight:
         self._say("imports of each process, alone")
         busy = Conditions.now()
         self.imports = measure_imports()
-        self._emit("imports", (imports_figure(self.imports),), busy)
+        shares = profile_imports(REPLICA)
+        self._emit("imports", (imports_figure(self.imports, shares),), busy)
 
     def _gateway_alone(self) -> None:
         self._say("time to first token before a rank without an engine")
@@ -184,27 +186,18 @@ class FirstLight:
             write_block(DOCUMENT, block, [with_note(each, _versions()) for each in figures])
 
 
-def imports_figure(imports: dict[str, ImportCost]) -> Figure:
+def imports_figure(imports: dict[str, ImportCost], shares: Sequence[tuple[str, float]]) -> Figure:
     rows = tuple(
-        (
-            kind,
-            f"{cost.wall_s:.1f}",
-            f"{cost.cpu_s:.1f}",
-            str(cost.modules),
-            ", ".join(f"{name} {share:.0%}" for name, share in _largest(cost)),
-        )
+        (kind, f"{cost.wall_s:.1f}", f"{cost.cpu_s:.1f}", str(cost.modules))
         for kind, cost in imports.items()
     )
+    largest = ", ".join(f"{name} {share:.0%}" for name, share in shares[:_PACKAGES_SHOWN])
     return Figure(
-        "Python imports of each process of a group, alone",
-        ("process", "seconds", "CPU seconds", "modules", "share of the time by package"),
+        "Python imports of each process of a group, in a process that does nothing else",
+        ("process", "seconds", "CPU seconds", "modules"),
         rows,
-        ("Shares from a second run with -X importtime, without what a package imports.",),
+        (f"Of a replica's import time, by package without what it imports: {largest}.",),
     )
-
-
-def _largest(cost: ImportCost) -> tuple[tuple[str, float], ...]:
-    return cost.share_by_package[:_PACKAGES_SHOWN]
 
 
 def _versions() -> str:

@@ -34,19 +34,28 @@ class ImportCost:
     cpu_s: float
     """Of the whole process, the interpreter's start included."""
     modules: int
-    share_by_package: tuple[tuple[str, float], ...]
-    """Share of the import time spent in each top-level package itself, largest first."""
 
 
 def measure_imports() -> dict[str, ImportCost]:
-    """By kind of process. Measured twice: the profile of the second run slows imports down."""
+    """By kind of process."""
     return {kind: _measure(modules) for kind, modules in _MODULES.items()}
+
+
+def profile_imports(kind: str) -> tuple[tuple[str, float], ...]:
+    """Share of the import time that each top-level package takes for itself, without what it
+    imports, largest first. A run of its own: the profile slows imports down."""
+    own_us: Counter[str] = Counter()
+    for line in _run(_MODULES[kind], "-X", "importtime").stderr.splitlines():
+        found = _LINE.match(line)
+        if found:
+            own_us[found.group(2).partition(".")[0]] += int(found.group(1))
+    total_us = own_us.total()
+    return tuple((package, us / total_us) for package, us in own_us.most_common())
 
 
 def _measure(modules: str) -> ImportCost:
     wall_s, cpu_s, count = _run(modules).stdout.split()[-3:]
-    profile = _run(modules, "-X", "importtime").stderr
-    return ImportCost(float(wall_s), float(cpu_s), int(count), _shares(profile))
+    return ImportCost(float(wall_s), float(cpu_s), int(count))
 
 
 def _run(modules: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -57,13 +66,3 @@ def _run(modules: str, *options: str) -> subprocess.CompletedProcess[str]:
         timeout=_TIMEOUT_S,
         check=True,
     )
-
-
-def _shares(profile: str) -> tuple[tuple[str, float], ...]:
-    own_us: Counter[str] = Counter()
-    for line in profile.splitlines():
-        found = _LINE.match(line)
-        if found:
-            own_us[found.group(2).partition(".")[0]] += int(found.group(1))
-    total_us = own_us.total()
-    return tuple((package, us / total_us) for package, us in own_us.most_common())

@@ -1,6 +1,7 @@
-"""Memory of a running system by kind of process."""
+"""Memory and CPU that a system takes while it has nothing to do, by kind of process."""
 
 import contextlib
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,10 +11,13 @@ from benchmarks.process_watch import (
     COORDINATOR,
     ENGINE_CORE,
     OF_A_GROUP,
+    OTHER,
     REPLICA,
     WORKER,
     ProcessWatch,
 )
+
+IDLE_S = 6.0
 
 
 @dataclass(slots=True)
@@ -24,23 +28,29 @@ class Memory:
     """Shared pages count in equal parts for all that share them: adds up to what is used."""
     uss: int = 0
     """What would be free if the process ended."""
+    cpu_s: float = 0.0
 
     def add(self, other: "Memory") -> None:
         self.processes += other.processes
         self.rss += other.rss
         self.pss += other.pss
         self.uss += other.uss
+        self.cpu_s += other.cpu_s
 
 
 def measure_memory(watch: ProcessWatch) -> dict[str, Memory]:
-    """By kind of process, in bytes."""
-    kinds = {pid: seen.kind for pid, seen in watch.snapshot().items()}
+    """By kind of process, in bytes; CPU seconds during `IDLE_S`."""
+    before = watch.snapshot()
+    time.sleep(IDLE_S)
+    after = watch.snapshot()
     memory: dict[str, Memory] = {}
     for process in watch.alive():
         with contextlib.suppress(psutil.Error):
             info = process.memory_full_info()
-            kind = kinds.get(process.pid, "other")
-            memory.setdefault(kind, Memory()).add(Memory(1, info.rss, info.pss, info.uss))
+            first, last = before.get(process.pid), after.get(process.pid)
+            kind = last.kind if last else OTHER
+            cpu_s = last.cpu_s - first.cpu_s if first and last else 0.0
+            memory.setdefault(kind, Memory()).add(Memory(1, info.rss, info.pss, info.uss, cpu_s))
     return memory
 
 
@@ -52,8 +62,8 @@ def memory_figure(memory: dict[str, Memory], ranks: int) -> Figure:
     own = _total(memory[kind] for kind in (REPLICA, ENGINE_CORE, WORKER) if kind in memory)
     coordinator = memory.get(COORDINATOR, Memory())
     return Figure(
-        "Memory in MiB, one group ready and idle after load",
-        ("process", "number", "RSS", "PSS", "USS"),
+        "Memory in MiB and CPU, one group ready and idle after load",
+        ("process", "number", "RSS", "PSS", "USS", "CPU, % of a core"),
         tuple(rows),
         (
             f"PSS per rank: {mebibytes(own.pss / ranks if ranks else 0)} MiB, and "
@@ -70,6 +80,7 @@ def _row(kind: str, seen: Memory) -> Row:
         mebibytes(seen.rss),
         mebibytes(seen.pss),
         mebibytes(seen.uss),
+        f"{seen.cpu_s / IDLE_S:.1%}".rstrip("%"),
     )
 
 

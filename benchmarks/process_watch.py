@@ -17,7 +17,11 @@ WORKER = "engine worker"
 COORDINATOR = "coordinator"
 BUILD_TASK = "build task"
 IDLE_WORKER = "Ray's idle workers"
-RAY = "Ray itself"
+RAY_NODES = "raylets and GCS"
+RAY_AGENTS = "Ray's node agents"
+RAY_DASHBOARD = "Ray's dashboard and monitor"
+SERVE = "Serve's controller and proxy"
+OTHER = "other"
 CONTROLLER = "controller"
 GATEWAY = "gateway"
 SYSTEM = "expertmesh up"
@@ -30,13 +34,10 @@ _TITLES = (
     (re.compile(r"^VLLM::DPCoordinator"), COORDINATOR),
     (re.compile(r"^ray::ServeReplica:"), REPLICA),
     (re.compile(r"^ray::build_serve_application"), BUILD_TASK),
-    (
-        re.compile(
-            r"^ray::(ServeController|ProxyActor|DashboardAgent|RuntimeEnvAgent)"
-            r"|^(raylet|gcs_server|ray-dashboard)"
-        ),
-        RAY,
-    ),
+    (re.compile(r"^ray::(ServeController|ProxyActor|SERVE_)"), SERVE),
+    (re.compile(r"^ray::(DashboardAgent|RuntimeEnvAgent)"), RAY_AGENTS),
+    (re.compile(r"^ray-dashboard"), RAY_DASHBOARD),
+    (re.compile(r"^(raylet|gcs_server)"), RAY_NODES),
     (re.compile(r"^ray::IDLE"), IDLE_WORKER),
 )
 _RAY_TASK = re.compile(r"^ray::([A-Za-z_]+)")
@@ -111,19 +112,20 @@ def kind_of(process: psutil.Process, name: str, root_pid: int, before: Seen | No
         return SYSTEM
     for title, kind in _TITLES:
         if title.match(name):
-            if kind == IDLE_WORKER and before is not None and before.kind != RAY:
+            if kind == IDLE_WORKER and before is not None and before.kind != OTHER:
                 return before.kind
             return kind
     task = _RAY_TASK.match(name)
     if task:
         return f"task {task.group(1)}"
-    if before is not None and before.kind != RAY:
+    if before is not None and before.kind != OTHER:
         return before.kind
     command = process.cmdline()
     for service in (CONTROLLER, GATEWAY):
         if ["-m", "expertmesh", service] == command[1:4]:
             return service
-    return RAY
+    # The dashboard, the autoscaler's monitor: the rest of what Ray's head node runs.
+    return RAY_DASHBOARD if any("/ray/" in part for part in command) else OTHER
 
 
 def _group_of(name: str) -> str | None:

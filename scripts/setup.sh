@@ -78,5 +78,11 @@ fi
 # Engines start in several processes at once, which would each compile the same modules.
 step "compiling"
 "${python}" -m compileall -q -j 0 "${venv}/lib" >/dev/null 2>&1 || true
+if [[ "${engine}" == cpu ]]; then
+  # vLLM inspects a model class in a process of its own the first time, and keeps what it found.
+  "${python}" -c 'from vllm import EngineArgs
+EngineArgs(model="models/tiny-qwen3-moe", kv_cache_memory_bytes=1 << 26).create_engine_config()' \
+    >/dev/null 2>&1 || true
+fi
 echo "${wanted}" >"${stamp}"
 step "done, $(du -sm "${venv}" | cut -f1) MiB in ${venv}"

@@ -7,9 +7,9 @@ into it with one interface.
 """
 
 import contextlib
-import fcntl
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -156,12 +156,13 @@ def _check_machine() -> None:
 @contextlib.contextmanager
 def _only_one() -> Iterator[None]:
     """The names and addresses are the same for every run on this machine."""
-    with (Path(tempfile.gettempdir()) / f"{PREFIX}-hosts.lock").open("w") as lock:
+    with socket.socket(socket.AF_UNIX) as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            # A name without a file: the kernel frees it with the process.
+            lock.bind(f"\0{PREFIX}-hosts")
+        except OSError:
             raise AssertionError(
-                f"another run has hosts on this machine and holds {lock.name}; wait for its end"
+                "another run of these tests has hosts on this machine; wait for its end"
             ) from None
         yield
 

@@ -198,6 +198,9 @@ def test_foreign_worker_class_refuses_expert_parallelism_only() -> None:
         )
 
 
+no_deadline = settings(deadline=None)
+
+
 @st.composite
 def routings(draw: DrawFn) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weights and distinct expert ids [rows, top_k], and the rank of each expert."""
@@ -216,6 +219,7 @@ def expert_map_of(rank: int, ranks: torch.Tensor) -> torch.Tensor:
     return torch.where(local, local.cumsum(0) - 1, -1).to(torch.int32)
 
 
+@settings(no_deadline)
 @given(routings())
 def test_shares_of_all_ranks_add_up_to_the_whole(
     routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
@@ -232,6 +236,7 @@ def test_shares_of_all_ranks_add_up_to_the_whole(
     torch.testing.assert_close(added, whole, rtol=0, atol=0)
 
 
+@settings(no_deadline)
 @given(routings(), st.integers(0, 3))
 def test_kernel_gets_ids_it_holds_in_the_layout_it_reads(
     routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor], rank: int
@@ -246,6 +251,7 @@ def test_kernel_gets_ids_it_holds_in_the_layout_it_reads(
     assert torch.equal(weights, before[0]) and torch.equal(ids, before[1])
 
 
+@settings(no_deadline)
 @given(routings(), st.data())
 def test_counts_are_the_choices_of_real_rows(
     routing: tuple[torch.Tensor, torch.Tensor, torch.Tensor], data: st.DataObject
@@ -306,7 +312,7 @@ def test_operator_reads_the_context_of_each_call_even_when_compiled() -> None:
 
 @pytest.mark.parametrize("activation", ["silu", "swigluoai"])
 @pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
-@settings(deadline=None, max_examples=15)
+@settings(no_deadline, max_examples=15)
 @given(seed=st.integers(0, 2**31))
 def test_kernel_outputs_of_two_ranks_add_up_to_the_whole(
     activation: str, biased: bool, seed: int

@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from expertmesh.serving.cpu_collectives import all_gather_rows, reduce_scatter_rows
+
 SIZES = {"even": [3, 3], "uneven": [1, 5], "none on rank 1": [4, 0], "none on rank 0": [0, 2]}
 
 
@@ -31,8 +33,6 @@ def reduce_input(rank: int, rows: int) -> torch.Tensor:
 
 
 def run_rank(rank: int, port: int, pipe: Connection) -> None:
-    from expertmesh.serving.cpu_collectives import all_gather_rows, reduce_scatter_rows
-
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     group = dist.group.WORLD
     for sizes in SIZES.values():

@@ -178,6 +178,8 @@ class LocalSystem:
             "RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK": "0",
             # vLLM: several engines share this machine's cores.
             "OMP_NUM_THREADS": "1",
+            # Else the first request with log-probabilities or top-p waits for Inductor to compile.
+            "TORCHDYNAMO_DISABLE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_HOST_IP": "127.0.0.1",
             "GLOO_SOCKET_IFNAME": "lo",

@@ -2,7 +2,7 @@
 
 vLLM calls `register` in each of its processes. Front end and engine core load it too, so nothing
 here may import vLLM's kernels (a second of imports): the work is in `cpu_worker` and
-`cpu_collectives`, which only the worker process loads, by the names below.
+`cpu_communicator`, which only the worker loads, by the names below.
 """
 
 import functools
@@ -21,11 +21,11 @@ from expertmesh.errors import SetupError
 logger = logging.getLogger(__name__)
 
 SUPPORTED_VLLM = "0.29.0"
-"""The release whose internals `cpu_worker` and `cpu_collectives` build on."""
+"""The release whose internals `cpu_worker` and `cpu_communicator` build on."""
 
 VLLM_WORKER = "vllm.v1.worker.cpu_worker.CPUWorker"
 EXPERT_WORKER = "expertmesh.serving.cpu_worker.ExpertWorker"
-EXPERT_COMMUNICATOR = "expertmesh.serving.cpu_collectives.ExpertCommunicator"
+EXPERT_COMMUNICATOR = "expertmesh.serving.cpu_communicator.ExpertCommunicator"
 
 ConfigCheck = Callable[[Any], None]
 

@@ -13,7 +13,6 @@ from ray.serve.llm.deployment import DPServer
 from expertmesh.core.domain.fleet import RankInfo
 from expertmesh.errors import UpstreamUnavailable
 from expertmesh.serving import engine_stats
-from expertmesh.serving.cpu_engine import CpuEngine
 from expertmesh.serving.expert_load import LayerLoad, read_expert_load
 from expertmesh.serving.fate_sharing import die_with_parent, own_children
 from expertmesh.serving.mesh_guard import ALLOWED_ROUTES, AsgiApp, MeshGuard
@@ -41,9 +40,6 @@ class GroupServer(DPServer):
             )
         die_with_parent()
         own_children()
-        engine = llm_config.get_engine_config()
-        if not engine.accelerator.requires_remote_initialization:
-            kwargs["engine_cls"] = CpuEngine
         await super().__init__(llm_config, **kwargs)
 
     async def _start_engine(self) -> None:
