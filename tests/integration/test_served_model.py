@@ -17,6 +17,8 @@ from tests.integration.running_system import MODEL, RunningSystem, wait_until
 pytestmark = [pytest.mark.integration]
 
 QUESTION: Any = [{"role": "user", "content": "Tell me a story about a fox."}]
+CLEAR: Any = [{"role": "user", "content": "What is expert parallelism?"}]
+"""Its greedy answer has no near-ties, so it is the same whatever else is in the batch."""
 
 
 @pytest.fixture
@@ -35,12 +37,12 @@ def test_a_chat_answers_in_words(client: openai.OpenAI) -> None:
 
 def test_a_stream_says_the_same_in_pieces(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(
-        model=MODEL, messages=QUESTION, max_tokens=40, temperature=0
+        model=MODEL, messages=CLEAR, max_tokens=40, temperature=0
     )
     pieces = [
         chunk.choices[0].delta.content or ""
         for chunk in client.chat.completions.create(
-            model=MODEL, messages=QUESTION, max_tokens=40, temperature=0, stream=True
+            model=MODEL, messages=CLEAR, max_tokens=40, temperature=0, stream=True
         )
     ]
     assert "".join(pieces) == whole.choices[0].message.content

@@ -18,7 +18,7 @@ EXPERTS = CONFIG["num_experts"]
 STORY_PROMPTS = (
     "Tell me a story about a fox.",
     "Tell me a story about a lonely robot.",
-    "Write a short story about Lily the owl.",
+    "Tell me a story about a dragon.",
 )
 QUESTION_PROMPTS = (
     "What is the sea?",
@@ -168,21 +168,26 @@ def test_every_expert_of_every_layer_is_used_and_unevenly():
     _, share = held_out()
     for layer, row in enumerate(share):
         assert row.min() > 0.005, f"layer {layer}: an expert gets {row.min():.4f} of the slots"
-        assert row.max() > 1.5 / EXPERTS, f"layer {layer}: even routing says nothing"
+        assert row.max() > 1.1 / EXPERTS, f"layer {layer}: even routing says nothing"
+        assert row.max() > 1.25 * row.min(), f"layer {layer}: even routing says nothing"
 
 
-def test_experts_differ_between_conversation_and_sums():
-    """Routing depends on the text, so a change of traffic changes the load of the experts."""
+def test_routing_depends_on_the_text():
+    """So a change of traffic changes the load of the experts, and one request loads few of them."""
 
     def share(text):
         with torch.no_grad():
             output = model()(**tokenizer()(text, return_tensors="pt"), output_router_logits=True)
-        chosen = torch.stack(output.router_logits).reshape(-1, EXPERTS).topk(4).indices
-        return torch.bincount(chosen.flatten(), minlength=EXPERTS) / chosen.numel()
+        chosen = [layer.reshape(-1, EXPERTS).topk(4).indices for layer in output.router_logits]
+        return torch.stack(
+            [torch.bincount(c.flatten(), minlength=EXPERTS) / c.numel() for c in chosen]
+        )
 
     sums = share("3 plus 4 is 7. 9 minus 2 is 7. 5 plus 5 is 10.")
     story = share("Once upon a time a small fox named Ruby lived near the sea.")
-    assert (sums - story).abs().sum() > 0.1
+    assert ((sums - story).abs().sum(1) > 0.25).all()
+    assert (story.max(1).values > 1.4 / EXPERTS).all()
+    assert (sums.max(1).values > 1.4 / EXPERTS).all()
 
 
 @pytest.mark.parametrize("prompt", STORY_PROMPTS)
@@ -210,8 +215,8 @@ def test_answer_speaks_of_what_was_asked():
 
     assert "fox" in text("Tell me a story about a fox.")
     assert "robot" in text("Tell me a story about a lonely robot.")
-    assert "Lily" in text("Write a short story about Lily the owl.")
-    assert "salt water" in text("What is the sea?") or "water" in text("What is the sea?")
+    assert "dragon" in text("Tell me a story about a dragon.")
+    assert "salt water" in text("What is the sea?")
 
 
 def test_different_prompts_give_different_answers():

@@ -124,9 +124,9 @@ class LocalSystem:
         started_s = time.monotonic()
         self._ray_temp = Path(tempfile.mkdtemp(prefix=f"expertmesh-{self.state.marker}-"))
         own_children()
-        nodes = RayNodes(
-            self._node_environment(), self._ray_temp, self.system.platform.ray_dashboard_port
-        )
+        os.environ.update(self._node_environment())
+        self._start_guardian()
+        nodes = RayNodes(self._ray_temp, self.system.platform.ray_dashboard_port)
         self.report("starting the Ray head node")
         nodes.start_head()
         for pool in self.system.pools:
@@ -155,6 +155,21 @@ class LocalSystem:
             await self._until_healthy(http, "controller", self.controller_url)
             await self._until_healthy(http, "gateway", self.gateway_url)
         self.report(f"the system runs after {time.monotonic() - started_s:.0f} s")
+
+    def _start_guardian(self) -> None:
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "expertmesh.launch.guardian",
+                str(os.getpid()),
+                self.state.marker,
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def _node_environment(self) -> dict[str, str]:
         programs = str(Path(sys.executable).parent)

@@ -4,8 +4,6 @@
 nodes are made with the class behind it. The kernel ends their processes when this one ends.
 """
 
-import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from expertmesh.core.domain.hardware import Pool
@@ -19,9 +17,8 @@ _OBJECT_STORE_BYTES = 80 * 2**20
 class RayNodes:
     """Must be used from one thread that lives as long as the nodes: they end with it."""
 
-    def __init__(self, environment: Mapping[str, str], temp_dir: Path, dashboard_port: int) -> None:
-        """`environment` is what every process of the nodes gets, beside this process' own."""
-        self._environment = environment
+    def __init__(self, temp_dir: Path, dashboard_port: int) -> None:
+        """The nodes' processes get this process' environment."""
         self._temp_dir = temp_dir
         self._dashboard_port = dashboard_port
         self._gcs_address = ""
@@ -32,14 +29,13 @@ class RayNodes:
 
     def start_head(self) -> None:
         """The head carries no ranks: GCS, the dashboard with its REST API, Serve's controller."""
-        node = self._start(
+        self._gcs_address = self._start(
             head=True,
             num_cpus=0,
             include_dashboard=True,
             dashboard_host=_LOOPBACK,
             dashboard_port=self._dashboard_port,
         )
-        self._gcs_address = node
 
     def start_worker(self, pool: Pool) -> None:
         self._start(
@@ -51,8 +47,7 @@ class RayNodes:
         )
 
     def _start(self, *, head: bool, **parameters: object) -> str:
-        # Ray reads its environment when it is imported, so it is imported with it in place.
-        os.environ.update(self._environment)
+        # Ray reads its environment when it is imported, so that happens only now.
         from ray._private.node import Node
         from ray._private.parameter import RayParams
 
