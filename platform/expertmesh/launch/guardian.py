@@ -1,6 +1,6 @@
 """A process that outlives a killed `expertmesh up` just long enough to end what it had started.
 
-`python -m expertmesh.launch.guardian PID MARKER`: Ray's own agents notice a dead raylet only after ten
+`python -m expertmesh.launch.guardian PID MARKER`: Ray's agents notice a dead raylet only after ten
 seconds and more, and something may always escape the other ways in which processes share a fate.
 """
 
