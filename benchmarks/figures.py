@@ -35,8 +35,8 @@ class Figure:
         lines = [f"**{self.title}**", "", _line(self.columns), _line(align)]
         lines += [_line(row) for row in self.rows]
         if self.notes:
-            lines += ["", *(f"{note}  " for note in self.notes)]
-        return "\n".join(line.rstrip() if line.strip() else "" for line in lines)
+            lines += ["", *(f"- {note}" for note in self.notes)]
+        return "\n".join(lines)
 
 
 def _line(cells: Iterable[str]) -> str:

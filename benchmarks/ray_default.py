@@ -11,13 +11,15 @@ from benchmarks.bench_system import BenchSystem
 from benchmarks.load import ask, client_session, question
 from benchmarks.process_watch import cpu_by_kind
 from benchmarks.ray_logs import start_marks
-from benchmarks.starts import ALL_ANSWER, ASKED, FIRST_TOKEN, START_TIMEOUT_S, Start
+from benchmarks.starts import ALL_ANSWER, ASKED, FIRST_TOKEN, Start
 
 from expertmesh.clients.ray_serve import Application, RayServeClient
 from expertmesh.core.domain.fleet import GroupSpec
+from expertmesh.errors import UpstreamUnavailable
 
 BUILDER = "benchmarks.ray_default_group:build"
 _REMOVAL_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 240.0
 _PUT_TIMEOUT = aiohttp.ClientTimeout(total=120)
 
 
@@ -99,7 +101,7 @@ async def _until_answering(
     bench: BenchSystem, serve: RayServeClient, group: GroupSpec
 ) -> tuple[str, ...]:
     headers = {"X-EM-Mesh-Token": bench.running.state.mesh_token()}
-    async with asyncio.timeout(START_TIMEOUT_S), client_session() as http:
+    async with asyncio.timeout(_START_TIMEOUT_S), client_session() as http:
         while True:
             app = await _application(serve, group.name)
             urls = app.rank_urls if app else ()
@@ -108,12 +110,15 @@ async def _until_answering(
                 if all(answers):
                     return urls
             if app is not None and app.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise RuntimeError(f"{group.name}: Serve says {app.status}: {app.message}")
+                raise UpstreamUnavailable(f"Serve says {app.status}: {app.message[:200]}")
             await asyncio.sleep(0.5)
 
 
 async def _application(serve: RayServeClient, name: str) -> Application | None:
-    return next((app for app in await serve.applications() if app.name == name), None)
+    # The dashboard may be too busy for an answer while four processes import.
+    with contextlib.suppress(UpstreamUnavailable):
+        return next((app for app in await serve.applications() if app.name == name), None)
+    return None
 
 
 async def _answers(http: aiohttp.ClientSession, url: str, headers: dict[str, str]) -> bool:

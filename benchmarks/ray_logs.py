@@ -14,6 +14,7 @@ BUILT = "the application is built"
 PLACED = "Serve places the replicas"
 REPLICA_IMPORTED = "replica code is imported"
 CONFIGURED = "the engine is configured"
+COORDINATED = "rank 0 has its coordinator"
 ENGINE_IMPORTED = "engine core code is imported"
 WEIGHTS = "weights are loaded"
 ENGINE_READY = "KV cache and warm-up are done"
@@ -28,6 +29,7 @@ _OF_SERVE = (
 _OF_A_RANK = (
     (re.compile(r"Started initializing replica"), REPLICA_IMPORTED),
     (re.compile(r"Using executor class"), CONFIGURED),
+    (re.compile(r"Started DP Coordinator process"), COORDINATED),
     (re.compile(r"Initializing a V1 LLM engine"), ENGINE_IMPORTED),
     (re.compile(r"Loading weights took"), WEIGHTS),
     (re.compile(r"init engine \(profile"), ENGINE_READY),

@@ -22,13 +22,7 @@ ANSWERED_AGAIN = "a request is answered again"
 _STEPS = (
     KILLED,
     LOST,
-    *(s for s in START_STEPS if s in (steps.PLACED, steps.REPLICA_IMPORTED, steps.CONFIGURED)),
-    steps.ENGINE_IMPORTED,
-    steps.WEIGHTS,
-    steps.ENGINE_READY,
-    steps.CONNECTED,
-    steps.REPLICA_READY,
-    ALL_ANSWER,
+    *START_STEPS[START_STEPS.index(steps.PLACED) : -1],
     ANSWERED_AGAIN,
 )
 _REQUESTS_PER_S = 2.0

@@ -25,6 +25,7 @@ START_STEPS = (
     steps.PLACED,
     steps.REPLICA_IMPORTED,
     steps.CONFIGURED,
+    steps.COORDINATED,
     steps.ENGINE_IMPORTED,
     steps.WEIGHTS,
     steps.ENGINE_READY,
