@@ -58,6 +58,8 @@ class Host:
                 stderr=subprocess.STDOUT,
                 timeout=timeout_s,
                 check=False,
+                # Ctrl-C is for the tests, which then end what runs here in order.
+                start_new_session=True,
             )
             output.seek(0)
             return subprocess.CompletedProcess(command, done.returncode, output.read())

@@ -118,7 +118,6 @@ class SystemOnHosts(RunningSystem):
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SystemOnHosts]:
     """Two groups: the one in pool cheap is on two hosts, as no host has room for both its ranks."""
     interfaces = machine_interfaces()
-    end_processes(_MARKER, 0.0)
     with (
         network_of_hosts("a", "b", "c") as hosts,
         system_on(hosts, tmp_path_factory.mktemp("hosts")) as started,
@@ -182,7 +181,6 @@ def test_a_group_over_two_hosts_answers_as_one_process_does(
     shares = [expert_tokens(system, url) for url in urls]
     assert [len(share) for share in shares] == [8, 8]
     assert len(shares[0].keys() | shares[1].keys()) == 16
-    assert all(sum(share.values()) > 0 for share in shares), "a host's experts got no token"
 
 
 def test_a_host_that_is_cut_off_costs_no_request_and_its_group_comes_back_on_the_others(
@@ -362,10 +360,13 @@ def ip_of(url: str) -> str:
 
 
 def expert_tokens(system: SystemOnHosts, rank_url: str) -> dict[str, int]:
-    def counts() -> dict[str, int]:
-        return dict(system.rank(rank_url, "/em/info")["expert_tokens"])
+    """Of the rank's own experts, once some of them have got tokens; counted every few seconds."""
 
-    return wait_until(counts, 30, "the rank has counted its experts' tokens")
+    def counts() -> dict[str, int]:
+        tokens = dict(system.rank(rank_url, "/em/info")["expert_tokens"])
+        return tokens if any(tokens.values()) else {}
+
+    return wait_until(counts, 60, f"experts of {rank_url} have got tokens")
 
 
 def host_of_cheap_group(system: SystemOnHosts) -> Host:
@@ -451,6 +452,8 @@ def system_on(hosts: tuple[Host, ...], folder: Path) -> Iterator[SystemOnHosts]:
 
 @contextlib.contextmanager
 def ray_folder() -> Iterator[Path]:
+    """Also ends what a killed run has left."""
+    end_processes(_MARKER, 0.0)
     for left in Path(tempfile.gettempdir()).glob(f"{_MARKER}-*"):
         shutil.rmtree(left)
     folder = Path(tempfile.mkdtemp(prefix=f"{_MARKER}-"))
@@ -521,6 +524,7 @@ def start_service(
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
 
 
