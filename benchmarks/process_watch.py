@@ -26,6 +26,8 @@ CONTROLLER = "controller"
 GATEWAY = "gateway"
 SYSTEM = "expertmesh up"
 OF_A_GROUP = (REPLICA, ENGINE_CORE, WORKER, COORDINATOR)
+TASK_PREFIX = "task "
+"""Before the name of any other Ray task or actor."""
 
 # Titles that processes give themselves, most telling first.
 _TITLES = (
@@ -117,7 +119,7 @@ def kind_of(process: psutil.Process, name: str, root_pid: int, before: Seen | No
             return kind
     task = _RAY_TASK.match(name)
     if task:
-        return f"task {task.group(1)}"
+        return TASK_PREFIX + task.group(1)
     if before is not None and before.kind != OTHER:
         return before.kind
     command = process.cmdline()

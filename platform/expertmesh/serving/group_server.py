@@ -13,6 +13,7 @@ from ray.serve.llm.deployment import DPServer
 from expertmesh.core.domain.fleet import RankInfo
 from expertmesh.errors import UpstreamUnavailable
 from expertmesh.serving import engine_stats
+from expertmesh.serving.dp_coordinator import end_coordinator_with_rank
 from expertmesh.serving.expert_load import LayerLoad, read_expert_load
 from expertmesh.serving.fate_sharing import die_with_parent, own_children
 from expertmesh.serving.mesh_guard import ALLOWED_ROUTES, AsgiApp, MeshGuard
@@ -40,6 +41,7 @@ class GroupServer(DPServer):
             )
         die_with_parent()
         own_children()
+        end_coordinator_with_rank()
         await super().__init__(llm_config, **kwargs)
 
     async def _start_engine(self) -> None:
