@@ -116,9 +116,31 @@ class Service(ChartModel):
     annotations: dict[str, str] = {}
 
 
+class SecretKey(ChartModel):
+    """A key of a Secret that exists."""
+
+    name: Annotated[SecretName, Field(min_length=1)]
+    key: Annotated[str, Field(min_length=1)]
+
+
+class UsageJournal(ChartModel):
+    """The folder where usage stands between an answer and the ledger, one for each gateway."""
+
+    persistent: bool = False
+    """A volume claim for each gateway, which a StatefulSet makes; else an emptyDir, which outlives
+    a crash of the gateway but not its pod."""
+    size: Quantity = "1Gi"
+    storageClassName: str = ""
+    """The cluster's default class when empty."""
+
+
 class Gateway(Pods):
     replicas: Annotated[int, Field(ge=1)] = 1
     service: Service
+    secretEnv: dict[EnvName, SecretKey] = {}
+    """Variables from Secrets: the keys of external pools and the URL of Redis, which the platform
+    manifest knows by the names of their variables."""
+    journal: UsageJournal
     terminationGracePeriodSeconds: Seconds = 150
     """More than the 120 seconds for which a gateway that stops lets open streams go on."""
 
@@ -184,7 +206,8 @@ def build_schema() -> dict[str, Any]:
     definitions = schema["$defs"]
     # Both addresses are the containers' too, so the values must spell them out.
     definitions["PlatformManifest"]["required"] += ["gateway", "controller"]
-    definitions["Listener"]["required"].append("host")
+    for listener in ("Listener", "GatewayManifest"):
+        definitions[listener]["required"].append("host")
     _tidy(schema)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

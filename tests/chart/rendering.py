@@ -30,8 +30,9 @@ class Rendered:
     def pod_templates(self) -> dict[str, dict[str, Any]]:
         """Every pod's metadata and spec, by a name for messages."""
         templates = {
-            f"Deployment {each['metadata']['name']}": each["spec"]["template"]
-            for each in self.all("Deployment")
+            f"{kind} {each['metadata']['name']}": each["spec"]["template"]
+            for kind in ("Deployment", "StatefulSet")
+            for each in self.all(kind)
         }
         templates |= {f"Pod {each['metadata']['name']}": each for each in self.all("Pod")}
         spec = self.one("RayCluster")["spec"]

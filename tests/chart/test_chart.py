@@ -20,7 +20,7 @@ from tests.chart.rendering import (
 
 from expertmesh.cli.controller import controller as controller_command
 from expertmesh.cli.gateway import gateway as gateway_command
-from expertmesh.spec.load import load_system
+from expertmesh.spec.load import load_platform, load_system
 
 pytestmark = pytest.mark.integration
 
@@ -30,6 +30,24 @@ RAY_CLUSTER_SCHEMA = json.loads(Path(__file__).with_name("raycluster.schema.json
 # Objects that an administrator makes before the release, as values.yaml and the profile say.
 EXTERNAL_SECRETS = {"expertmesh-tokens", "expertmesh-store", "huggingface"}
 EXTERNAL_CLAIMS = {"models"}
+API_POOL = {
+    "name": "api",
+    "market": "external",
+    "base_url": "https://api.example.com",
+    "key_variable": "EXAMPLE_API_KEY",
+}
+TARIFF = {"usd_per_mtok_in": 0.5, "usd_per_mtok_cached": 0.1, "usd_per_mtok_out": 2.0}
+PROVIDER_SECRETS = {"gateway.secretEnv": {"EXAMPLE_API_KEY": {"name": "providers", "key": "api"}}}
+
+
+def pools_with(**changes: Any) -> dict[str, Any]:
+    """The default pools and an external one; `None` leaves a key out."""
+    external = {k: v for k, v in {**API_POOL, **changes}.items() if v is not None}
+    return {"platform.pools": [*effective_values()["platform"]["pools"], external]}
+
+
+def model_with(**changes: Any) -> dict[str, Any]:
+    return {"models": [{**effective_values()["models"][0], **changes}]}
 
 
 def case_id(profile: Path | None) -> str:
@@ -118,6 +136,96 @@ TYPOS: tuple[tuple[str, Path | None, dict[str, Any], tuple[str, ...]], ...] = (
         ("ray.env.EXPERTMESH_MESH_TOKEN", "remove it"),
     ),
     (
+        "an external pool without a URL",
+        None,
+        {**PROVIDER_SECRETS, **pools_with(base_url=None)},
+        ("platform.pools.2.base_url: missing in an external pool",),
+    ),
+    (
+        "an external pool with nodes",
+        None,
+        {**PROVIDER_SECRETS, **pools_with(nodes={"min": 0, "max": 1})},
+        ("platform.pools.2.nodes: an external pool has no nodes",),
+    ),
+    (
+        "an external pool with a price an hour",
+        None,
+        {**PROVIDER_SECRETS, **pools_with(usd_per_node_hour=0)},
+        ("platform.pools.2.usd_per_node_hour: an external pool has no nodes",),
+    ),
+    (
+        "an external pool whose key no Secret gives",
+        None,
+        pools_with(),
+        ("platform.pools.2.key_variable: EXAMPLE_API_KEY: no Secret", "gateway.secretEnv"),
+    ),
+    (
+        "an external key as a plain value",
+        None,
+        {**PROVIDER_SECRETS, **pools_with(), "gateway.env": {"EXAMPLE_API_KEY": "sk-1"}},
+        ("gateway.env.EXAMPLE_API_KEY: is in gateway.secretEnv too",),
+    ),
+    (
+        "a pool with nodes and a provider's URL",
+        None,
+        {"platform.pools": [{**API_POOL, "market": "local", "usd_per_node_hour": 1}]},
+        ("platform.pools.0.base_url: is for pools with market: external",),
+    ),
+    (
+        "a pool with nodes and no price",
+        None,
+        {"platform.pools": [{"name": "cpu-small", "market": "local"}]},
+        ("platform.pools.0.usd_per_node_hour: missing",),
+    ),
+    (
+        "a model in an external pool",
+        None,
+        {**PROVIDER_SECRETS, **pools_with(), **model_with(pools=["cpu-small", "api"])},
+        ("models.0.pools.1: api: is an external pool", "put it under external"),
+    ),
+    (
+        "a pool with nodes as a provider",
+        None,
+        model_with(external=[{"pool": "cpu-small", "model": "m", "tariff": TARIFF}]),
+        ("models.0.external.0.pool: cpu-small: is no external pool",),
+    ),
+    (
+        "a provider that does not exist",
+        None,
+        model_with(external=[{"pool": "api", "model": "m", "tariff": TARIFF}]),
+        ("models.0.external.0.pool: api: no such pool",),
+    ),
+    (
+        "an alias that is a model's name",
+        None,
+        model_with(aliases=["small", "tiny-moe"]),
+        ("models.0.aliases.1: tiny-moe: another model has this name",),
+    ),
+    (
+        "limits in Redis without its URL",
+        None,
+        {"platform.gateway.limits": {"store": "redis"}},
+        ("platform.gateway.limits.redis_url_variable: missing with store: redis",),
+    ),
+    (
+        "limits in Redis whose URL no Secret gives",
+        None,
+        {"platform.gateway.limits": {"store": "redis", "redis_url_variable": "REDIS_URL"}},
+        ("platform.gateway.limits.redis_url_variable: REDIS_URL: no Secret",),
+    ),
+    (
+        "a secret variable that the chart sets itself",
+        None,
+        {"gateway.secretEnv": {"EXPERTMESH_MESH_TOKEN": {"name": "a", "key": "b"}}},
+        ("gateway.secretEnv.EXPERTMESH_MESH_TOKEN", "remove it"),
+    ),
+    (
+        "too many workers",
+        None,
+        {"platform.gateway.workers": 65},
+        ("'/platform/gateway/workers'", "64"),
+    ),
+    (
         "another dashboard port",
         None,
         {"platform.ray_dashboard_port": 8266},
@@ -196,6 +304,9 @@ def test_the_commands_are_the_command_line_s_own(rendered: Rendered) -> None:
         "--store": "$(EXPERTMESH_STORE_URL)",
         "--host": "0.0.0.0",
         "--port": "8080",
+        "--config": "/etc/expertmesh/platform.yaml",
+        "--state-dir": "/var/lib/expertmesh-gateway",
+        "--workers": "1",
     }
     command, controller = flags("-controller")
     assert command == ["expertmesh", "controller"]
@@ -331,8 +442,7 @@ def test_worker_groups_are_the_pools_of_the_config_map(rendered: Rendered) -> No
 
 def test_an_external_pool_has_no_nodes_of_ours() -> None:
     pools = effective_values()["platform"]["pools"]
-    api = {"name": "api", "market": "external", "usd_per_node_hour": 0}
-    rendered = render(values={"platform.pools": [*pools, api]})
+    rendered = render(values={**pools_with(), **PROVIDER_SECRETS})
     groups = rendered.one("RayCluster")["spec"]["workerGroupSpecs"]
     assert [group["groupName"] for group in groups] == [pool["name"] for pool in pools]
 
@@ -445,6 +555,118 @@ def test_a_changed_manifest_restarts_the_controller_and_not_the_gateway() -> Non
     before, after = render(), render(values={"platform.name": "renamed"})
     assert annotations(before, "-controller") != annotations(after, "-controller")
     assert annotations(before, "-gateway") == annotations(after, "-gateway")
+    more_workers = render(values={"platform.gateway.workers": 2})
+    assert annotations(before, "-gateway") != annotations(more_workers, "-gateway")
+
+
+def gateway_pod(rendered: Rendered) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Its spec and its container."""
+    spec = rendered.one("Deployment", "-gateway")["spec"]["template"]["spec"]
+    return spec, spec["containers"][0]
+
+
+def test_the_gateway_reads_the_platform_manifest_and_nothing_else(rendered: Rendered) -> None:
+    spec, container = gateway_pod(rendered)
+    mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in spec["volumes"]}
+    config = container["args"][container["args"].index("--config") + 1]
+    (item,) = volumes["manifest"]["configMap"]["items"]
+    assert item["key"] in rendered.manifests()
+    assert f"{mounts['manifest']['mountPath']}/{item['path']}" == config
+    assert mounts["manifest"]["readOnly"] is True
+
+
+def test_the_gateway_s_settings_reach_it_as_they_are_written(tmp_path: Path) -> None:
+    rendered = render(
+        values={
+            "platform.gateway": {
+                "host": "0.0.0.0",
+                "port": 9090,
+                "workers": 3,
+                "limits": {
+                    "store": "redis",
+                    "redis_url_variable": "REDIS_URL",
+                    "on_unavailable": "open",
+                },
+                "cors_origins": ["https://chat.example.com"],
+            },
+            "gateway.secretEnv": {"REDIS_URL": {"name": "redis", "key": "url"}},
+        }
+    )
+    file = tmp_path / "platform.yaml"
+    file.write_text(rendered.manifests()["platform.yaml"])
+    config = load_platform(file).gateway.to_core()
+    assert (config.workers, config.port) == (3, 9090)
+    assert config.limits.redis_url_variable == "REDIS_URL"
+    assert config.cors_origins == ("https://chat.example.com",)
+    _, container = gateway_pod(rendered)
+    arguments = container["args"]
+    assert arguments[arguments.index("--workers") + 1] == "3"
+    assert arguments[arguments.index("--port") + 1] == "9090"
+    assert container["ports"] == [{"name": "http", "containerPort": 9090}]
+
+
+def test_keys_of_providers_come_from_secrets() -> None:
+    rendered = render(
+        values={
+            **PROVIDER_SECRETS,
+            **pools_with(),
+            **model_with(
+                external=[{"pool": "api", "model": "m", "tariff": TARIFF}], aliases=["gpt-4o"]
+            ),
+        }
+    )
+    _, container = gateway_pod(rendered)
+    env = {each["name"]: each for each in container["env"]}
+    assert env["EXAMPLE_API_KEY"] == {
+        "name": "EXAMPLE_API_KEY",
+        "valueFrom": {"secretKeyRef": {"name": "providers", "key": "api"}},
+    }
+    # Nobody else gets them.
+    for where, template in rendered.pod_templates().items():
+        if not where.endswith("-gateway"):
+            assert "EXAMPLE_API_KEY" not in json.dumps(template), where
+
+
+def journal_mount(container: dict[str, Any]) -> dict[str, Any]:
+    folder = container["args"][container["args"].index("--state-dir") + 1]
+    (mount,) = (each for each in container["volumeMounts"] if each["mountPath"] == folder)
+    return mount
+
+
+def test_the_usage_journal_outlives_a_crash_of_the_gateway() -> None:
+    spec, container = gateway_pod(render(values={"gateway.journal.size": "2Gi"}))
+    assert journal_mount(container)["name"] == "journal"
+    assert {"name": "journal", "emptyDir": {"sizeLimit": "2Gi"}} in spec["volumes"]
+
+
+def test_a_persistent_journal_belongs_to_one_gateway_for_good() -> None:
+    rendered = render(
+        values={
+            "gateway.replicas": 2,
+            "gateway.journal": {"persistent": True, "size": "2Gi", "storageClassName": "fast"},
+        }
+    )
+    workload = rendered.one("StatefulSet", "-gateway")
+    assert [each["metadata"]["name"] for each in rendered.all("Deployment")] == [
+        "em-expertmesh-controller"
+    ]
+    spec = workload["spec"]
+    assert spec["serviceName"] == rendered.one("Service", "-gateway")["metadata"]["name"]
+    assert spec["replicas"] == 2
+    assert spec["selector"]["matchLabels"].items() <= spec["template"]["metadata"]["labels"].items()
+    (claim,) = spec["volumeClaimTemplates"]
+    pod = spec["template"]["spec"]
+    assert journal_mount(pod["containers"][0])["name"] == claim["metadata"]["name"]
+    assert claim["spec"] == {
+        "accessModes": ["ReadWriteOnce"],
+        "storageClassName": "fast",
+        "resources": {"requests": {"storage": "2Gi"}},
+    }
+    assert all(volume["name"] != "journal" for volume in pod["volumes"])
+    words = "exec statefulset/em-expertmesh-gateway -- expertmesh keys create"
+    assert words in notes(**{"gateway.journal.persistent": True})
+    assert "exec deployment/em-expertmesh-gateway" in notes()
 
 
 def test_helm_test_asks_the_gateway_for_its_health(rendered: Rendered) -> None:
@@ -472,6 +694,24 @@ def test_the_notes_say_what_is_missing_and_how_to_get_to_a_first_request() -> No
     assert "store.existingSecret" in text
     assert "raycluster/em-expertmesh-ray" in text
     assert "expertmesh keys create --tenant" in text
+
+
+def test_the_notes_name_the_secrets_that_gateways_wait_for() -> None:
+    text = notes(**{**PROVIDER_SECRETS, **pools_with()})
+    assert "the Secret providers exists (key api, for EXAMPLE_API_KEY)" in text
+
+
+def test_the_notes_warn_of_limits_that_each_gateway_counts_alone() -> None:
+    words = "2 gateways count tenants' limits each on its own"
+    assert words in notes(**{"gateway.replicas": 2})
+    assert words not in notes()
+    redis = {"store": "redis", "redis_url_variable": "REDIS_URL"}
+    shared = {
+        "gateway.replicas": 2,
+        "platform.gateway.limits": redis,
+        "gateway.secretEnv": {"REDIS_URL": {"name": "redis", "key": "url"}},
+    }
+    assert words not in notes(**shared)
 
 
 def test_the_notes_warn_of_tokens_in_values() -> None:

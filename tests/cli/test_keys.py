@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -71,6 +72,60 @@ def test_list_shows_every_key_with_its_state_and_no_secret(store: str) -> None:
     assert "revoked" in rows[_key_id(revoked)]
     for key in (active, expiring, revoked):
         assert key.stdout.strip() not in listed.stdout
+
+
+def test_scopes_and_limits_are_stored_and_listed(store: str) -> None:
+    scoped = _run(
+        *("create", "--tenant", "acme", "--models", "tiny-moe, org/big", "--store", store),
+        *("--requests-per-min", "60", "--tokens-per-min", "100000"),
+        *("--concurrent-requests", "4", "--usd-per-day", "0.3", "--usd-per-month", "12.5"),
+    )
+    admin = _run("create", "--tenant", "ops", "--admin", "--store", store)
+    plain = _run("create", "--tenant", "zoo", "--models", "tiny-moe", "--store", store)
+    assert [key.exit_code for key in (scoped, admin, plain)] == [0, 0, 0]
+
+    listed = _run("list", "--store", store).stdout
+    # The cell folds; its words stay in order.
+    assert re.search(r"2 models,.* 60\b", listed)
+    assert "admin API, no limits" in listed and "tiny-moe, no limits" in listed
+
+    keys = json.loads(_run("list", "--json", "--store", store).stdout)
+    assert [(key["tenant"], key["admin"], key["models"], key["state"]) for key in keys] == [
+        ("acme", False, ["org/big", "tiny-moe"], "active"),
+        ("ops", True, None, "active"),
+        ("zoo", False, ["tiny-moe"], "active"),
+    ]
+    assert keys[0]["limits"] == {
+        "requests_per_min": 60,
+        "tokens_per_min": 100_000,
+        "concurrent_requests": 4,
+        "usd_per_day": 0.3,
+        "usd_per_month": 12.5,
+    }
+    for key in (scoped, admin, plain):
+        assert key.stdout.strip()[:12] not in json.dumps(keys) + listed
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--requests-per-min", "0"), "error: limits.requests_per_min: 0: use a whole number"),
+        (("--usd-per-day", "nan"), "error: limits.usd_per_day: nan: use dollars above 0"),
+        (("--models", ""), "error: models: '': use at most"),
+        (("--models", "a,,b"), "error: models: '': use at most"),
+        (("--admin", "--models", "a"), "error: admin: True: such a key opens only the admin API"),
+    ],
+)
+def test_a_bad_scope_or_limit_is_refused(store: str, option: tuple[str, ...], message: str) -> None:
+    refused = _run("create", "--tenant", "acme", *option, "--store", store)
+    assert (refused.exit_code, refused.stdout) == (1, "")
+    assert refused.stderr.startswith(message)
+    assert json.loads(_run("list", "--json", "--store", store).stdout) == []
+
+
+def test_the_way_back_in_without_an_admin_key_is_in_the_help() -> None:
+    shown = " ".join(_run("create", "--help").stdout.replace("│", " ").split())
+    assert "When the last such key is gone, this command makes the next one." in shown
 
 
 def test_revoking_twice_or_an_unknown_key_fails(store: str) -> None:

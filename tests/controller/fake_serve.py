@@ -38,6 +38,14 @@ class Clock:
 
 
 @dataclass
+class RankLoad:
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    """Of rank 0; each further rank has 0.1 more."""
+
+
+@dataclass
 class Node:
     node_id: str
     pool: str
@@ -80,6 +88,10 @@ class FakeServe:
         self.failing_pools: set[str] = set()
         self.puts: list[tuple[str, ...]] = []
         self.strangers: dict[str, ApplicationStatus] = {}
+        self.busy: dict[str, RankLoad] = {}
+        """By group: what each of its ranks does."""
+        self.deaf_to_probes: set[int] = set()
+        """Ranks, by index, that are too busy to answer."""
 
     # As the controller sees it
 
@@ -129,8 +141,21 @@ class FakeServe:
         self._pass_time()
         for name, app in self.apps.items():
             for index, member in enumerate(app.members):
+                if index in self.deaf_to_probes:
+                    continue
                 if base_url == _url(name, member) and self._answers(app, member):
-                    return RankInfo(name, app.spec.model, index, len(app.members), 0, 0, 0.0)
+                    load = self.busy.get(name, RankLoad())
+                    return RankInfo(
+                        group=name,
+                        model=app.spec.model,
+                        rank=index,
+                        world_size=len(app.members),
+                        running=load.running,
+                        waiting=load.waiting,
+                        kv_usage=load.kv_usage + 0.1 * index if load.kv_usage else 0.0,
+                        kv_tokens=1000,
+                        max_running=8,
+                    )
         return None
 
     # What a test does to it

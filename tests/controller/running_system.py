@@ -27,6 +27,8 @@ class Gateway:
     in_flight: dict[str, int] = field(default_factory=dict)
     fleet: Fleet | None = None
     is_silent: bool = False
+    loses_answers: bool = False
+    """What the controller answers does not arrive."""
     refusals: int = 0
     """Exchanges that the controller answered without a fleet."""
 
@@ -35,6 +37,7 @@ class Gateway:
         return GatewayReport(
             self.name,
             now_s,
+            fleet_version=self.fleet.version if self.fleet else 0,
             models={MODEL: ModelTraffic(queued_requests=self.queued, wake_requests=waking)},
             groups={name: GroupTraffic(in_flight=n) for name, n in self.in_flight.items()},
         )
@@ -107,7 +110,7 @@ class RunningSystem:
             fleet = self.controller.exchange(gateway.report(self.clock()))
             if fleet is None:
                 gateway.refusals += 1
-            else:
+            elif not gateway.loses_answers:
                 gateway.fleet = fleet
 
     def states(self) -> dict[str, str]:

@@ -61,6 +61,7 @@ async def test_the_exchange_takes_a_report_and_answers_the_fleet(
     fleet = msgspec.convert(body, Fleet)
     assert fleet == system.controller.fleet
     assert fleet.groups[0].state is GroupState.READY
+    assert fleet.loads["em-tiny-cheap-1"].in_flight == 2
     await system.controller.turn()
     assert system.controller.summaries()["tiny"]["queued"] == 3
     assert system.controller.summaries()["tiny"]["running"] == 2
@@ -141,6 +142,16 @@ async def test_a_loop_that_stands_still_is_not_healthy(system: RunningSystem, ca
             id="a negative count",
         ),
         pytest.param(
+            {"gateway": "g", "sent_at_s": 1.0, "fleet_version": -1},
+            "fleet_version: -1 is negative",
+            id="a negative version",
+        ),
+        pytest.param(
+            {"gateway": "g", "sent_at_s": 1.0, "groups": {"x": {"ttft_s_sum": -0.5}}},
+            "groups.x.ttft_s_sum: -0.5 is negative",
+            id="a negative sum",
+        ),
+        pytest.param(
             {"gateway": "g", "sent_at_s": 1.0, "groups": {"x": {"in_flight": "2"}}},
             "in_flight",
             id="a count as text",
@@ -165,7 +176,8 @@ async def test_a_report_over_the_limit_is_refused(call: Call) -> None:
 
 
 async def test_a_report_of_a_thousand_groups_is_within_the_limit(call: Call) -> None:
-    groups = {f"em-model-with-a-name-pool-with-a-name-{n}": GroupTraffic() for n in range(1000)}
+    counts = GroupTraffic(99, 999_999, 99_999_999, 9_999, 99_999.123456, 99_999, 9_999.123456, 99)
+    groups = {f"em-model-with-a-name-pool-with-a-name-{n}": counts for n in range(1000)}
     report = GatewayReport("g", 1.0, groups=groups)
     assert (await call("POST", "/v1/exchange", report))[0] == 200
 
@@ -195,6 +207,14 @@ async def test_the_fleet_shows_the_newest_decision_of_each_model(call: Call) -> 
     assert body["decisions"]["tiny"]["pending"] is None
     assert "1 wanted, 1 ready" in body["decisions"]["tiny"]["reason"]
     assert msgspec.convert(body, Fleet).groups
+    assert body["loads"]["em-tiny-cheap-1"] == {
+        "in_flight": 0,
+        "running": 0,
+        "waiting": 0,
+        "kv_usage": 0.0,
+        "kv_tokens": 2000,
+        "max_running": 16,
+    }
 
 
 async def test_decisions_come_newest_first_and_can_be_filtered(call: Call) -> None:

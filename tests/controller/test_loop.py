@@ -1,8 +1,9 @@
+import asyncio
 from dataclasses import replace
 
 import msgspec
 import pytest
-from tests.controller.fake_serve import DELETE_S, Clock, FakeServe
+from tests.controller.fake_serve import DELETE_S, Clock, FakeServe, RankLoad
 from tests.controller.running_system import (
     MODEL,
     Gateway,
@@ -13,8 +14,9 @@ from tests.controller.running_system import (
 from tests.core.scaling.world import config, pool
 
 from expertmesh.clients.ray_serve import ApplicationStatus
-from expertmesh.core.domain.fleet import GroupState
+from expertmesh.core.domain.fleet import GroupLoad, GroupState
 from expertmesh.core.domain.hardware import Market
+from expertmesh.core.domain.traffic import GatewayReport, ModelTraffic
 from expertmesh.core.scaling.replay import read_record, replay
 
 FIRST, SECOND = "em-tiny-cheap-1", "em-tiny-dear-2"
@@ -113,6 +115,198 @@ async def test_fleet_versions_only_grow_and_stand_still_when_nothing_changes() -
     assert system.controller.fleet.version > versions[-1]
 
 
+# Loads
+
+
+async def test_answers_carry_what_each_group_does() -> None:
+    system = await with_two_groups()
+    system.gateways = [
+        Gateway("g1", queued=16, in_flight={FIRST: 3, SECOND: 1}),
+        Gateway("g2", in_flight={FIRST: 4}),
+    ]
+    system.serve.busy = {FIRST: RankLoad(running=5, waiting=2, kv_usage=0.4)}
+    await system.pass_s(2)
+    system.exchange()
+    for gateway in system.gateways:
+        assert gateway.fleet is not None
+        assert gateway.fleet.loads == {
+            FIRST: GroupLoad(7, 10, 4, pytest.approx(0.45), kv_tokens=2000, max_running=16),
+            SECOND: GroupLoad(1, 0, 0, 0.0, kv_tokens=2000, max_running=16),
+        }
+
+
+async def test_in_flight_is_that_of_the_moment_and_the_version_stands_still() -> None:
+    system = await with_one_group()
+    before = system.controller.fleet
+    assert before is not None
+    system.gateway.in_flight = {FIRST: 5}
+    system.exchange()
+    after = system.gateway.fleet
+    assert after is not None
+    assert (before.loads[FIRST].in_flight, after.loads[FIRST].in_flight) == (0, 5)
+    system.serve.busy = {FIRST: RankLoad(running=5, kv_usage=0.9)}
+    await system.pass_s(5)
+    assert system.controller.fleet is not None
+    assert system.controller.fleet.loads[FIRST].running == 10
+    assert system.controller.fleet.version == before.version
+
+
+async def test_a_gateway_that_is_silent_counts_nothing_in_flight() -> None:
+    system = await with_one_group()
+    system.gateways.append(Gateway("g2", in_flight={FIRST: 4}))
+    await system.pass_s(1)
+    system.gateways[1].is_silent = True
+    counts = []
+    for _ in range(7):
+        await system.pass_s(1)
+        assert system.controller.fleet is not None
+        counts.append(system.controller.fleet.loads[FIRST].in_flight)
+    assert counts == [4, 4, 4, 4, 0, 0, 0]
+
+
+async def test_a_rank_that_misses_a_probe_keeps_its_last_figures() -> None:
+    system = await with_one_group()
+    system.serve.busy = {FIRST: RankLoad(running=5)}
+    await system.pass_s(1)
+    system.serve.deaf_to_probes = {1}
+    await system.pass_s(1)
+    assert system.controller.fleet is not None
+    assert system.controller.fleet.loads[FIRST].running == 10
+    assert system.controller.fleet.loads[FIRST].kv_tokens == 2000
+
+
+async def test_a_group_that_does_not_serve_has_no_load_and_one_that_is_gone_none_at_all() -> None:
+    system = await with_two_groups(down_delay_s=5)
+    system.serve.busy = {SECOND: RankLoad(running=5)}
+    await system.pass_s(1)
+    system.serve.kill_rank(SECOND, 0)
+    while system.states()[SECOND] != "lost":
+        await system.pass_s(1)
+    assert system.controller.fleet is not None
+    assert system.controller.fleet.loads[SECOND] == GroupLoad()
+    system.gateway.queued = 0
+    while SECOND in system.states():
+        await system.pass_s(1)
+    assert system.controller.fleet.loads.keys() == {FIRST}
+
+
+async def test_a_group_that_starts_has_a_load_of_zero() -> None:
+    system = RunningSystem()
+    await system.pass_s(2)
+    assert system.states() == {FIRST: "starting"}
+    assert system.controller.fleet is not None
+    assert system.controller.fleet.loads == {FIRST: GroupLoad()}
+
+
+# Waking
+
+
+def wake_report(system: RunningSystem, gateway: str = "g2", waking: int = 1) -> GatewayReport:
+    traffic = {MODEL: ModelTraffic(queued_requests=waking, wake_requests=waking)}
+    return GatewayReport(gateway, system.clock(), models=traffic)
+
+
+class TurnCounter:
+    """Counts the turns of a loop that runs by the wall clock, its period a minute long."""
+
+    def __init__(self, system: RunningSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("expertmesh.controller.loop._TURN_EVERY_S", 60.0)
+        monkeypatch.setattr("expertmesh.controller.loop._SHORTEST_TURN_S", 0.01)
+        self.count = 0
+        self._turned = asyncio.Event()
+        turn = system.controller.turn
+
+        async def counted() -> None:
+            await turn()
+            self.count += 1
+            self._turned.set()
+
+        monkeypatch.setattr(system.controller, "turn", counted)
+
+    async def next(self, within_s: float = 5.0) -> bool:
+        """Whether another turn comes."""
+        self._turned.clear()
+        try:
+            await asyncio.wait_for(self._turned.wait(), within_s)
+        except TimeoutError:
+            return False
+        return True
+
+
+async def test_the_first_request_for_a_sleeping_model_ends_the_pause_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    system = RunningSystem(two_pools())
+    await system.pass_s(8)
+    turns = TurnCounter(system, monkeypatch)
+    stop = asyncio.Event()
+    running = asyncio.create_task(system.controller.run(stop))
+    assert await turns.next()
+    assert system.states() == {}
+    for gateway in ("g1", "g2", "g3"):
+        assert system.controller.exchange(wake_report(system, gateway)) is not None
+    assert await turns.next()
+    assert system.states() == {FIRST: "starting"}
+    # The group is on its way: more waiting requests change nothing.
+    assert system.controller.exchange(wake_report(system, "g4")) is not None
+    assert not await turns.next(within_s=0.3)
+    stop.set()
+    await running
+    assert turns.count == 2
+    assert [kind for kind, _ in system.actions()] == ["start"]
+
+
+async def test_a_wake_that_finds_no_room_does_not_spin(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = RunningSystem(config(pool("only")), pools={"only": 1})
+    await system.pass_s(8)
+    turns = TurnCounter(system, monkeypatch)
+    stop = asyncio.Event()
+    running = asyncio.create_task(system.controller.run(stop))
+    assert await turns.next()
+    system.controller.exchange(wake_report(system))
+    assert await turns.next()
+    assert system.pending() == "pending: no room in pool only (1 of 2 workers free)"
+    system.controller.exchange(wake_report(system))
+    system.controller.exchange(wake_report(system, "g3"))
+    assert not await turns.next(within_s=0.3)
+    # Once nothing waits any more, the next wake counts again.
+    system.controller.exchange(wake_report(system, waking=0))
+    system.controller.exchange(wake_report(system, "g3", waking=0))
+    await system.controller.turn()
+    system.controller.exchange(wake_report(system))
+    assert await turns.next()
+    stop.set()
+    await running
+
+
+async def test_a_model_whose_last_group_drains_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    system = RunningSystem(two_pools(down_delay_s=3))
+    system.gateway.queued = 1
+    await system.pass_s(13)
+    system.gateway.queued = 0
+    system.gateway.in_flight = {FIRST: 1}
+    await system.pass_s(1)
+    system.gateway.in_flight = {}
+    while system.states() != {FIRST: "draining"}:
+        await system.pass_s(1)
+    turns = TurnCounter(system, monkeypatch)
+    stop = asyncio.Event()
+    running = asyncio.create_task(system.controller.run(stop))
+    assert await turns.next()
+    system.controller.exchange(wake_report(system))
+    assert await turns.next()
+    assert "starting" in system.states().values() or "ready" in system.states().values()
+    stop.set()
+    await running
+
+
+async def test_a_report_before_the_first_decision_is_heard() -> None:
+    system = RunningSystem(two_pools())
+    assert system.controller.exchange(wake_report(system)) is None
+    await system.controller.turn()
+    assert system.states() == {FIRST: "starting"}
+
+
 # Draining
 
 
@@ -136,6 +330,21 @@ async def test_a_drain_does_not_trust_a_report_from_before_it() -> None:
     assert ("remove", SECOND) not in system.actions()
     await system.pass_s(1)
     await system.pass_s(1)
+    assert ("remove", SECOND) in system.actions()
+
+
+async def test_a_drain_waits_for_a_gateway_that_the_answer_did_not_reach() -> None:
+    system = await with_two_groups(down_delay_s=5)
+    system.gateway.queued = 0
+    while system.states()[SECOND] != "draining":
+        await system.pass_s(1)
+    # It reports, idle, and routes by the old fleet all the same.
+    system.gateway.loses_answers = True
+    await system.pass_s(10)
+    assert SECOND in system.gateway.ready()
+    assert ("remove", SECOND) not in system.actions()
+    system.gateway.loses_answers = False
+    await system.pass_s(2)
     assert ("remove", SECOND) in system.actions()
 
 

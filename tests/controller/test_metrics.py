@@ -5,7 +5,7 @@ from expertmesh.core.domain.fleet import RankInfo
 
 
 def rank(index: int, tokens: dict[str, int]) -> RankInfo:
-    return RankInfo("em-tiny-cheap-1", "tiny", index, 2, 0, 0, 0.0, tokens)
+    return RankInfo("em-tiny-cheap-1", "tiny", index, 2, 0, 0, 0.0, expert_tokens=tokens)
 
 
 def counted(metrics: ControllerMetrics) -> dict[str, float]:

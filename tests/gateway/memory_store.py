@@ -2,33 +2,52 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
+from expertmesh.core.domain.tenant import Caller
 from expertmesh.core.metering.usage import UsageRecord
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryKey:
-    id: str
-    tenant: str
-    expires_at_s: float | None = None
 
 
 class MemoryKeys:
     def __init__(self) -> None:
-        self.keys: dict[str, MemoryKey] = {}
+        self.keys: dict[str, Caller] = {}
+        """By SHA-256 hex digest; tests change it as they like."""
         self.error: Exception | None = None
         self.reads = 0
+        self._version = 0
+        self._seen: dict[str, Caller] = {}
+        self._versions: dict[str, int] = {}
 
-    def add(self, secret: str, tenant: str, expires_at_s: float | None = None) -> None:
+    def add(
+        self, secret: str, tenant: str, expires_at_s: float | None = None, **fields: Any
+    ) -> Caller:
+        """`fields` as those of Caller."""
         digest = hashlib.sha256(secret.encode()).hexdigest()
-        self.keys[digest] = MemoryKey(f"key_{len(self.keys)}", tenant, expires_at_s)
+        key_id = fields.pop("key_id", f"key_{len(self.keys)}")
+        caller = Caller(key_id, tenant, expires_at_s=expires_at_s, **fields)
+        self.keys[digest] = caller
+        return caller
 
-    async def active(self, now_s: float) -> dict[str, MemoryKey]:
+    async def version(self) -> int:
         self.reads += 1
         if self.error is not None:
             raise self.error
+        before, self._seen = self._seen, dict(self.keys)
+        changed = {key for key in before | self._seen if before.get(key) != self._seen.get(key)}
+        self._version += bool(changed)
+        self._versions |= dict.fromkeys(changed, self._version)
+        return self._version
+
+    async def active(self, now_s: float) -> dict[str, Caller]:
+        if self.error is not None:
+            raise self.error
         return dict(self.keys)
+
+    async def changed(self, after: int, now_s: float) -> dict[str, Caller | None]:
+        if self.error is not None:
+            raise self.error
+        changed = (key for key, version in self._versions.items() if version > after)
+        return {key: self.keys.get(key) for key in changed}
 
 
 class MemoryLedger:

@@ -2,10 +2,12 @@
 
 import asyncio
 import socket
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -14,11 +16,18 @@ from tests.gateway.fake_controller import FakeController
 from tests.gateway.memory_store import MemoryKeys, MemoryLedger
 from tests.mock_rank import MockRank
 
+from expertmesh.core.admission.limit_book import LimitBook
+from expertmesh.core.admission.slots import SlotRules
 from expertmesh.core.domain.fleet import Fleet, Group, GroupState, Rank, ServedModel
 from expertmesh.core.metering.usage import UsageRecord
+from expertmesh.gateway.access_log import AccessLog
+from expertmesh.gateway.limiter import LocalLimiter
 from expertmesh.gateway.limits import GatewayLimits
-from expertmesh.gateway.server import GatewayServer
-from expertmesh.gateway.service import GatewayService, Worker, running
+from expertmesh.gateway.metrics import GatewayMetrics
+from expertmesh.gateway.service import GatewayService, Parts, Worker, running
+from expertmesh.gateway.usage_journal import UsageJournal
+from expertmesh.gateway.usage_writer import UsageWriter
+from expertmesh.telemetry.traces import Tracing
 
 MESH_TOKEN = "mesh-secret"
 SECRET = "sk-em-" + "a" * 43
@@ -72,6 +81,7 @@ class Stand:
     keys: MemoryKeys
     ledger: MemoryLedger
     registry: CollectorRegistry
+    access_log: Path
     _stack: AsyncExitStack
     _models: tuple[ServedModel, ...] = field(default=(served_model(),))
 
@@ -89,8 +99,7 @@ class Stand:
             self._models = models
         fleet = Fleet(self.controller.fleet.version + 1, self._models, groups)
         self.controller.fleet = fleet
-        view = self.service.app._view
-        await until(lambda: view.fleet == fleet)
+        await until(lambda: self.service.view.fleet == fleet)
 
     async def rows(self, count: int = 1) -> list[UsageRecord]:
         await until(lambda: len(self.ledger.rows) >= count)
@@ -103,33 +112,83 @@ class Stand:
         return self.http.post(self.url + path, json=json, headers=headers, **options)
 
     def count(self, metric: str, **labels: str) -> float:
-        return self.registry.get_sample_value(metric, labels) or 0.0
+        """Summed over the labels that are not named."""
+        wanted = labels.items()
+        return sum(
+            sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+            if sample.name == metric and wanted <= sample.labels.items()
+        )
 
 
 @asynccontextmanager
-async def standing(limits: GatewayLimits = QUICK) -> AsyncIterator[Stand]:
+async def standing(
+    limits: GatewayLimits = QUICK,
+    slots: SlotRules | None = None,
+    book: LimitBook | None = None,
+    environment: Mapping[str, str] | None = None,
+    cors_origins: tuple[str, ...] = (),
+    tracing: Tracing | None = None,
+) -> AsyncIterator[Stand]:
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
+    listener.setblocking(False)
     port = listener.getsockname()[1]
     controller, keys, ledger = FakeController(MESH_TOKEN), MemoryKeys(), MemoryLedger()
     keys.add(SECRET, "team-a")
     registry = CollectorRegistry()
     async with AsyncExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stand-")))
         await controller.start()
         stack.push_async_callback(controller.stop)
-        worker = Worker("test-1", controller.url, MESH_TOKEN, limits)
-        service = await stack.enter_async_context(running(worker, keys, ledger, registry))
-        server = GatewayServer(service.app, limits.drain_timeout_s)
-        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        worker = Worker(
+            "test-1",
+            controller.url,
+            MESH_TOKEN,
+            limits,
+            slots=slots or SlotRules(),
+            cors_origins=cors_origins,
+        )
+        log = stack.enter_context((folder / "access.log").open("wb"))
+        journal = UsageJournal.open(folder / "usage", worker.name)
+        parts = Parts(
+            keys=keys,
+            limiter=LocalLimiter(book or LimitBook()),
+            writer=UsageWriter(ledger, journal, limits.ledger_period_s),
+            metrics=GatewayMetrics(registry),
+            access_log=AccessLog(log.fileno()),
+            tracing=tracing or Tracing(),
+            admin=echo_admin,
+            environment=environment or {},
+        )
+        service = await stack.enter_async_context(running(worker, parts))
+        await service.listen(listener)
 
         async def stop() -> None:
             service.drain()
-            server.should_exit = True
-            await serving
+            await service.finish(asyncio.Event())
 
         stack.push_async_callback(stop)
         http = await stack.enter_async_context(aiohttp.ClientSession())
         stand = Stand(
-            f"http://127.0.0.1:{port}", http, service, controller, keys, ledger, registry, stack
+            f"http://127.0.0.1:{port}",
+            http,
+            service,
+            controller,
+            keys,
+            ledger,
+            registry,
+            folder / "access.log",
+            stack,
         )
-        await until(lambda: server.started and service.app._ring.loaded)
+        await until(lambda: service.ring.loaded)
         yield stand
+
+
+async def echo_admin(scope: Any, receive: Any, send: Any) -> None:
+    """Stands in for the admin API: says who asks for what."""
+    message = await receive()
+    body = f"{scope['state']['caller'].key_id} {scope['method']} {scope['path']} ".encode()
+    headers = [(b"content-type", b"text/plain")]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body + message["body"]})

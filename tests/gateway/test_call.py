@@ -3,7 +3,8 @@ import json
 import pytest
 
 from expertmesh.gateway.api import ENDPOINTS, ApiError
-from expertmesh.gateway.call import Question, read_headers, read_question
+from expertmesh.gateway.call import Question, read_question, with_model
+from expertmesh.gateway.headers import read_headers
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
 
@@ -72,15 +73,73 @@ def test_a_stream_is_recognised_as_leniently_as_vllm_does(stream: str) -> None:
         ('"max_tokens":7', 7),
         ('"max_completion_tokens":9,"max_tokens":7', 9),
         ('"max_output_tokens":5', 5),
-        ('"max_tokens":null', 256),
-        ('"max_tokens":"x"', 256),
-        ('"max_tokens":-1', 256),
-        ('"max_tokens":true', 256),
-        ('"max_tokens":7.5', 256),
+        ('"max_tokens":null', None),
+        ('"max_tokens":"x"', None),
+        ('"max_tokens":-1', None),
+        ('"max_tokens":true', None),
+        ('"max_tokens":7.5', None),
     ],
 )
-def test_the_limit_of_tokens_is_for_load_figures_only(field: str, tokens: int) -> None:
+def test_the_limit_of_tokens_is_what_vllm_would_take(field: str, tokens: int | None) -> None:
     assert read(f'{{"model":"m",{field}}}').max_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("field", "sequences"),
+    [
+        ('"x":1', 1),
+        ('"n":3', 3),
+        ('"n":2,"best_of":5', 5),
+        ('"n":0', 1),
+        ('"n":"3"', 1),
+        ('"n":1000000', 128),
+        ('"prompt":"a"', 1),
+        ('"prompt":["a","b","c"]', 3),
+        ('"prompt":["a","b"],"n":2', 4),
+        ('"prompt":[1,2,3,4]', 1),
+        ('"prompt":[[1,2],[3]]', 2),
+        ('"prompt":[]', 1),
+    ],
+)
+def test_every_sequence_of_a_request_is_counted(field: str, sequences: int) -> None:
+    assert read(f'{{"model":"m",{field}}}', "/v1/completions").sequences == sequences
+
+
+@pytest.mark.parametrize(
+    ("field", "session"),
+    [
+        ('"prompt_cache_key":"k"', b"k"),
+        ('"user":"u"', b"u"),
+        ('"prompt_cache_key":"k","user":"u"', b"k"),
+        ('"metadata":{"user_id":"a"}', b"a"),
+        ('"metadata":[1]', None),
+        ('"user":7', None),
+        ('"x":1', None),
+    ],
+)
+def test_a_session_is_known_by_what_clients_send(field: str, session: bytes | None) -> None:
+    assert read(f'{{"model":"m",{field}}}').session == session
+
+
+def test_a_session_in_the_header_goes_first() -> None:
+    question = read_question(CHAT, b'{"model":"m","user":"u"}', b"header")
+    assert isinstance(question, Question) and question.session == b"header"
+
+
+def test_responses_that_are_not_stored_are_not_followed() -> None:
+    refused = read_question(
+        ENDPOINTS["/v1/responses"], b'{"model":"m","previous_response_id":"resp_1"}'
+    )
+    assert isinstance(refused, ApiError)
+    assert (refused.status, refused.param) == (400, "previous_response_id")
+
+
+def test_another_name_of_the_model_changes_nothing_else() -> None:
+    body = b'{"model":"alias","x":[1.50,{"model":"inner"}]}'
+    assert json.loads(with_model(body, "real")) == {
+        "model": "real",
+        "x": [1.5, {"model": "inner"}],
+    }
 
 
 def test_the_last_of_two_models_counts_as_it_does_in_vllm() -> None:
@@ -116,6 +175,6 @@ def test_other_headers() -> None:
     )
     assert (found.request_id, found.content_length, found.read_timeout_s) == ("job-1", 12, 600.5)
     assert found.anthropic
-    assert found.forwarded == {"anthropic-version": "2023-06-01"}
+    assert found.forwarded == b"anthropic-version: 2023-06-01\r\n"
     for value in (b"nan", b"-1", b"", b"soon"):
         assert read_headers([(b"x-stainless-read-timeout", value)]).read_timeout_s is None

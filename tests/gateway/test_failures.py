@@ -5,7 +5,6 @@ import json
 import socket
 import time
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from aiohttp import web
@@ -160,7 +159,7 @@ async def test_death_while_streaming_ends_with_an_error_event(kind: str) -> None
 
 async def test_the_openai_sdk_raises_when_a_stream_breaks(stand: Stand) -> None:
     rank = await stand.rank()
-    await stand.show(group_of(rank))
+    await stand.show(group_of(rank), models=(served_model(max_wait_s=5.0),))
     async with AsyncOpenAI(base_url=f"{stand.url}/v1", api_key=SECRET, max_retries=0) as client:
         rank.faults.append(Fault("reset", after_events=3))
         seen: list[str] = []
@@ -309,16 +308,15 @@ async def test_the_gateway_keeps_the_last_fleet_while_the_controller_is_away(
     stand.controller.broken = None
     stand.controller.fleet = replace(stand.controller.fleet, version=1, groups=())
     await stand.controller.start(port)
-    await until(lambda: not stand.service.app._view.is_ready(MODEL))
+    await until(lambda: not stand.service.view.is_ready(MODEL))
 
 
 async def test_before_the_first_fleet_and_keys_nothing_is_ready() -> None:
     async with standing() as stand:
         await stand.controller.stop()
-        app: Any = stand.service.app
-        app._view.fleet = None
-        app._ring.loaded = False
-        app._ring._keys = {}
+        stand.service.view.fleet = None
+        stand.service.ring.loaded = False
+        stand.service.ring._keys = {}
         stand.keys.error = OSError("no store")
         async with stand.http.get(f"{stand.url}/readyz") as response:
             assert response.status == 503
@@ -327,7 +325,7 @@ async def test_before_the_first_fleet_and_keys_nothing_is_ready() -> None:
             assert (response.status, response.headers["retry-after"]) == (503, "1")
             assert "has not loaded its keys" in (await response.json())["error"]["message"]
         stand.keys.error = None
-        await until(lambda: app._ring.loaded)
+        await until(lambda: stand.service.ring.loaded)
         async with stand.post("/v1/chat/completions", CHAT) as response:
             assert response.status == 503
             assert "does not know the fleet" in (await response.json())["error"]["message"]
@@ -359,9 +357,9 @@ async def test_a_fault_of_the_gateway_itself_has_the_protocols_shape(
 ) -> None:
     rank = await stand.rank()
     await stand.show(group_of(rank))
-    view = stand.service.app._view
+    view = stand.service.view
 
-    def choose(model: str, failed: object) -> None:
+    def choose(call: object) -> None:
         raise RuntimeError("a defect")
 
     monkeypatch.setattr(view, "choose", choose)
@@ -369,7 +367,7 @@ async def test_a_fault_of_the_gateway_itself_has_the_protocols_shape(
         assert response.status == 500
         assert (await response.json())["error"] == {
             "type": "api_error",
-            "message": "The gateway failed.",
+            "message": "The gateway failed; its log says why.",
         }
     assert "a defect" in caplog.text
     monkeypatch.undo()
@@ -382,7 +380,7 @@ async def test_a_task_that_fails_starts_again(
 ) -> None:
     await until(lambda: stand.controller.reports)
     with monkeypatch.context() as broken:
-        broken.setattr(stand.service.app._gate, "traffic", lambda: 1 / 0)
+        broken.setattr(stand.service.admission, "traffic", lambda: 1 / 0)
         await until(lambda: "a task failed" in caplog.text)
     reports = len(stand.controller.reports)
     await until(lambda: len(stand.controller.reports) > reports)

@@ -42,7 +42,7 @@ async def test_waiting_requests_are_reported_and_released_in_order(
     asking = []
     for number in range(5):
         asking.append(asyncio.create_task(ask(stand, number)))
-        await until(lambda n=number: stand.service.app._gate.queued(MODEL) == n + 1)
+        await until(lambda n=number: stand.service.admission.queued(MODEL) == n + 1)
     await asyncio.sleep(0.2)
     traffic = stand.controller.last.models[MODEL]
     assert (traffic.queued_requests, traffic.wake_requests, traffic.arrivals_total) == (5, 5, 5)
@@ -132,12 +132,13 @@ async def test_the_waiting_room_is_bounded(limits: dict[str, int]) -> None:
         rank = await stand.rank()
         await stand.show(models=(served_model(max_wait_s=5.0),))
         asking = [asyncio.create_task(ask(stand, number)) for number in range(2)]
-        await until(lambda: stand.service.app._gate.queued(MODEL) == 2)
+        await until(lambda: stand.service.admission.queued(MODEL) == 2)
         status, body, headers = await ask(stand, 3)
         assert status == 429
         assert body["error"]["type"] == "rate_limit_error"
-        assert body["error"]["code"] == "waiting_room_full"
+        assert body["error"]["code"] == "queue_full"
         assert "retry-after" in headers
+        assert headers["x-em-dropped-reason"] == "queue_full"
         async with stand.post("/v1/messages", CHAT) as response:
             assert (await response.json())["error"]["type"] == "rate_limit_error"
         await stand.show(group_of(rank))
@@ -151,9 +152,9 @@ async def test_a_client_that_leaves_no_longer_counts(stand: Stand, rank: MockRan
             f"{stand.url}/v1/chat/completions", json=CHAT, headers={"x-api-key": SECRET}
         )
     )
-    await until(lambda: stand.service.app._gate.queued(MODEL) == 1)
+    await until(lambda: stand.service.admission.queued(MODEL) == 1)
     asking.cancel()
-    await until(lambda: stand.service.app._gate.queued(MODEL) == 0)
+    await until(lambda: stand.service.admission.queued(MODEL) == 0)
     assert (
         stand.count(
             "em_gateway_requests_total", model=MODEL, endpoint="chat_completions", status="499"
@@ -179,7 +180,7 @@ async def test_draining_refuses_who_waits_and_finishes_who_runs(stand: Stand) ->
             headers={"x-api-key": SECRET},
         )
     )
-    await until(lambda: stand.service.app._gate.queued("asleep") == 1)
+    await until(lambda: stand.service.admission.queued("asleep") == 1)
     stand.service.drain()
     response = await waiting
     assert response.status == 503

@@ -158,6 +158,10 @@ def test_ranks_hold_half_of_the_experts_each_and_count_all_tokens(
     assert {len(share) for share in shares} == {8}
     assert len({expert for share in shares for expert in share}) == 16
     assert all(sum(share.values()) > 0 for share in shares)
+    capacities = [system.rank(url, "/em/info") for url in urls]
+    # Each rank says its own: the engine does not start with less than one full context.
+    assert all(info["kv_tokens"] >= 1024 and info["max_running"] >= 1 for info in capacities)
+    assert len({(info["kv_tokens"], info["max_running"]) for info in capacities}) == 1
 
 
 def test_ranks_offer_no_admin_routes_and_nothing_without_the_mesh_token(

@@ -58,7 +58,12 @@ async def test_a_database_of_something_else_is_refused_and_left_alone(url: str) 
         await open_database(url)
     async with database.reading() as connection:
         tables = await connection.run_sync(lambda sync: inspect(sync).get_table_names())
-    assert set(tables) - {"sqlite_sequence"} == {"capacity_holds", "journal_entries"}
+    assert set(tables) - {"sqlite_sequence"} == {
+        "capacity_holds",
+        "identity_version",
+        "journal_entries",
+        "tenants",
+    }
     await database.close()
 
 

@@ -87,6 +87,20 @@ http://{{ include "expertmesh.rayCluster" . }}-head-svc:8265
   {{- end }}
 {{- end -}}
 
+{{- define "expertmesh.gatewayKind" -}}
+{{- ternary "StatefulSet" "Deployment" .Values.gateway.journal.persistent -}}
+{{- end -}}
+
+{{- define "expertmesh.secretEnv" -}}
+{{- range $name, $secret := . }}
+- name: {{ $name }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ $secret.name }}
+      key: {{ $secret.key }}
+{{- end }}
+{{- end -}}
+
 {{- define "expertmesh.plainEnv" -}}
 {{- range $name, $value := . }}
 - name: {{ $name }}

@@ -12,6 +12,30 @@
   {{- if gt $min $max -}}
     {{- fail (printf "%s.nodes: min %d is above max %d; lower min or raise max" $where $min $max) -}}
   {{- end -}}
+  {{- if eq $pool.market "external" -}}
+    {{- range $key := list "usd_per_node_hour" "accelerator" "accelerators_per_node" "cpus_per_node" "nodes" -}}
+      {{- if hasKey $pool $key -}}
+        {{- fail (printf "%s.%s: an external pool has no nodes of ours and no price an hour; remove this key" $where $key) -}}
+      {{- end -}}
+    {{- end -}}
+    {{- range $key := list "base_url" "key_variable" -}}
+      {{- if not (get $pool $key) -}}
+        {{- fail (printf "%s.%s: missing in an external pool; write it" $where $key) -}}
+      {{- end -}}
+    {{- end -}}
+    {{- if not (hasKey $.Values.gateway.secretEnv $pool.key_variable) -}}
+      {{- fail (printf "%s.key_variable: %s: no Secret gives it to the gateway; add it to gateway.secretEnv" $where $pool.key_variable) -}}
+    {{- end -}}
+  {{- else -}}
+    {{- range $key := list "base_url" "key_variable" -}}
+      {{- if get $pool $key -}}
+        {{- fail (printf "%s.%s: is for pools with market: external; write that, or remove this key" $where $key) -}}
+      {{- end -}}
+    {{- end -}}
+    {{- if not (hasKey $pool "usd_per_node_hour") -}}
+      {{- fail (printf "%s.usd_per_node_hour: missing; write what a node of the pool costs an hour" $where) -}}
+    {{- end -}}
+  {{- end -}}
   {{- if and $pool.accelerator (not $pool.accelerators_per_node) -}}
     {{- fail (printf "%s.accelerators_per_node: missing beside accelerator %s; write how many a node has" $where $pool.accelerator) -}}
   {{- end -}}
@@ -29,6 +53,34 @@
     {{- if not (hasKey $pools $pool) -}}
       {{- fail (printf "%s.pools.%d: %s: no such pool; platform.pools has %s" $where $place $pool $known) -}}
     {{- end -}}
+    {{- if eq (get $pools $pool).market "external" -}}
+      {{- fail (printf "%s.pools.%d: %s: is an external pool, which holds no groups; put it under external" $where $place $pool) -}}
+    {{- end -}}
+  {{- end -}}
+  {{- range $place, $external := $model.external -}}
+    {{- if not (hasKey $pools $external.pool) -}}
+      {{- fail (printf "%s.external.%d.pool: %s: no such pool; platform.pools has %s" $where $place $external.pool $known) -}}
+    {{- end -}}
+    {{- if ne (get $pools $external.pool).market "external" -}}
+      {{- fail (printf "%s.external.%d.pool: %s: is no external pool; put it under pools" $where $place $external.pool) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- range $index, $model := .Values.models -}}
+  {{- range $place, $alias := $model.aliases -}}
+    {{- if hasKey $models $alias -}}
+      {{- fail (printf "models.%d.aliases.%d: %s: another model has this name, or it is written twice; rename one" $index $place $alias) -}}
+    {{- end -}}
+    {{- $_ := set $models $alias true -}}
+  {{- end -}}
+{{- end -}}
+{{- $limits := .Values.platform.gateway.limits | default dict -}}
+{{- if and (eq ($limits.store | default "memory") "redis") (not $limits.redis_url_variable) -}}
+  {{- fail "platform.gateway.limits.redis_url_variable: missing with store: redis; name the variable that holds its URL" -}}
+{{- end -}}
+{{- with $limits.redis_url_variable -}}
+  {{- if not (hasKey $.Values.gateway.secretEnv .) -}}
+    {{- fail (printf "platform.gateway.limits.redis_url_variable: %s: no Secret gives it to the gateway; add it to gateway.secretEnv" .) -}}
   {{- end -}}
 {{- end -}}
 {{- range $pool, $_ := .Values.ray.workers -}}
@@ -49,7 +101,12 @@
   {{- end -}}
 {{- end -}}
 {{- $reserved := list "EXPERTMESH_MESH_TOKEN" "EXPERTMESH_STORE_URL" "HF_TOKEN" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" "RAY_SERVE_ENABLE_DIRECT_INGRESS" -}}
-{{- $envs := dict "gateway.env" .Values.gateway.env "controller.env" .Values.controller.env "ray.env" .Values.ray.env "ray.head.env" .Values.ray.head.env "ray.workerDefaults.env" .Values.ray.workerDefaults.env -}}
+{{- range $name, $_ := .Values.gateway.secretEnv -}}
+  {{- if hasKey $.Values.gateway.env $name -}}
+    {{- fail (printf "gateway.env.%s: is in gateway.secretEnv too; remove one" $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- $envs := dict "gateway.secretEnv" .Values.gateway.secretEnv "gateway.env" .Values.gateway.env "controller.env" .Values.controller.env "ray.env" .Values.ray.env "ray.head.env" .Values.ray.head.env "ray.workerDefaults.env" .Values.ray.workerDefaults.env -}}
 {{- range $pool, $workers := .Values.ray.workers -}}
   {{- $_ := set $envs (printf "ray.workers.%s.env" $pool) $workers.env -}}
 {{- end -}}

@@ -1,6 +1,7 @@
-"""`expertmesh gateway`: one gateway worker, as the chart starts it."""
+"""`expertmesh gateway`: the gateway with its workers, as the chart starts it."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -16,13 +17,35 @@ def gateway(
     controller_url: Annotated[
         str, typer.Option(help="Where the controller listens, e.g. http://127.0.0.1:8700.")
     ],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8800,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Platform file, whose part `gateway` counts; read again at SIGHUP.", dir_okay=False
+        ),
+    ] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on, instead of the one in the file.")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help="Port to listen on, instead of the one in the file.", min=0, max=65535),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Processes that share the port, instead of those in the file.", min=1),
+    ] = None,
     store: StoreOption = None,
     mesh_token_file: Annotated[
         Path | None,
         typer.Option(help=f"File with the mesh token, instead of {MESH_TOKEN_VARIABLE}."),
     ] = None,
+    state_dir: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for usage that is not in the ledger yet; keep it over restarts.",
+            file_okay=False,
+        ),
+    ] = Path(".expertmesh/gateway"),
     drain_delay_s: Annotated[
         float,
         typer.Option(help="Seconds from turning unready to refusing connections.", min=0),
@@ -32,19 +55,35 @@ def gateway(
     ] = 120.0,
 ) -> None:
     """Serve the OpenAI and Anthropic APIs in front of the groups of the fleet."""
-    # Here, so that the other commands need neither uvicorn nor aiohttp.
+    # Here, so that the other commands need neither aiohttp nor uvloop.
+    from expertmesh.core.domain.gateway import GatewayConfig
     from expertmesh.gateway.limits import GatewayLimits
-    from expertmesh.launch.gateway import GatewaySettings, run_gateway
+    from expertmesh.launch.gateway import GatewaySettings
+    from expertmesh.launch.gateway_workers import run_gateway
+    from expertmesh.spec.load import load_platform
+
+    def read() -> GatewayConfig:
+        if config is None:
+            chosen = GatewayConfig(host="127.0.0.1", port=8800)
+        else:
+            chosen = load_platform(config).gateway.to_core()
+        return replace(
+            chosen,
+            host=chosen.host if host is None else host,
+            port=chosen.port if port is None else port,
+            workers=chosen.workers if workers is None else workers,
+        )
 
     try:
         run_gateway(
             GatewaySettings(
-                host=host,
-                port=port,
+                config=read(),
                 controller_url=_http_url(controller_url),
+                state_dir=state_dir.absolute(),
                 store_url=store_url(store, Path.cwd()),
                 mesh_token=_mesh_token(mesh_token_file),
                 limits=GatewayLimits(drain_delay_s=drain_delay_s, drain_timeout_s=drain_timeout_s),
+                reload=read,
             )
         )
     except ExpertMeshError as error:

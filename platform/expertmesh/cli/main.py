@@ -8,6 +8,7 @@ from expertmesh.cli.explain import explain
 from expertmesh.cli.gateway import gateway
 from expertmesh.cli.keys import keys_app
 from expertmesh.cli.status import status
+from expertmesh.cli.tenants import tenants_app
 from expertmesh.cli.up import up
 from expertmesh.cli.usage import usage
 from expertmesh.serving.fate_sharing import die_with_owner
@@ -24,6 +25,7 @@ app.command()(demo)
 app.command()(status)
 app.command()(explain)
 app.command()(usage)
+app.add_typer(tenants_app, name="tenants")
 app.add_typer(keys_app, name="keys")
 app.command()(gateway)
 app.command()(controller)

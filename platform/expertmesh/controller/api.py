@@ -15,7 +15,7 @@ from expertmesh.errors import ExpertMeshError
 _log = logging.getLogger(__name__)
 
 _BODY_LIMIT_BYTES = 1 << 20
-"""A report of a thousand groups is about 100 kB."""
+"""A report of a thousand groups is about 200 kB."""
 _NAME_LIMIT = 200
 _DECISIONS_LIMIT = 1000
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
@@ -118,7 +118,7 @@ class _Api:
         return web.Response(body=msgspec.json.encode(fleet), content_type=_JSON)
 
     async def fleet(self, request: web.Request) -> web.Response:
-        """The fleet, and the newest decision of each model in words."""
+        """The fleet with its loads, and the newest decision of each model in words."""
         fleet = self._controller.fleet
         if fleet is None:
             return _error(503, "starting", "no decision yet; ask again")
@@ -157,6 +157,8 @@ def _fault(report: GatewayReport) -> str | None:
     """What JSON's types cannot say about a report."""
     if not 0 < len(report.gateway) <= _NAME_LIMIT:
         return f"gateway: write a name of 1 to {_NAME_LIMIT} characters"
+    if report.fleet_version < 0:
+        return f"fleet_version: {report.fleet_version} is negative"
     for kind, counts in (("models", report.models), ("groups", report.groups)):
         for name, values in counts.items():
             for field, value in msgspec.to_builtins(values).items():

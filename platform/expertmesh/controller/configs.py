@@ -52,4 +52,6 @@ def served_model(deployment: ModelDeployment) -> ServedModel:
         usd_per_mtok_cached=deployment.tariff.usd_per_mtok_cached,
         usd_per_mtok_out=deployment.tariff.usd_per_mtok_out,
         max_wait_s=deployment.max_wait_s,
+        aliases=deployment.aliases,
+        external=deployment.external,
     )

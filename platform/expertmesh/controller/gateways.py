@@ -8,13 +8,25 @@ from expertmesh.core.scaling.demand import GatewaySeen
 
 
 @dataclass(frozen=True, slots=True)
+class _Fleet:
+    version: int
+    as_of_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Heard:
     report: GatewayReport
     at_s: float
-    knew_s: float | None
-    """As of when the fleet was that the gateway had when it sent the report."""
-    told_s: float | None
-    """As of when the fleet was that it got in the last answer."""
+    knew: _Fleet | None
+    """The fleet that the gateway had when it sent the report."""
+    told: _Fleet | None
+    """The fleet in the last answer to it."""
+
+    def has(self, version: int) -> _Fleet | None:
+        """An answer may be lost on the way: what counts is the version that the gateway names."""
+        if version == 0:
+            return self.told
+        return next((f for f in (self.told, self.knew) if f and f.version == version), None)
 
 
 class GatewayBook:
@@ -30,14 +42,14 @@ class GatewayBook:
         known = self._heard.get(report.gateway)
         if known is not None and report.sent_at_s < known.report.sent_at_s:
             return
-        told_s = known.told_s if known else None
-        self._heard[report.gateway] = _Heard(report, now_s, told_s, told_s)
+        knew = known.has(report.fleet_version) if known else None
+        self._heard[report.gateway] = _Heard(report, now_s, knew, known.told if known else None)
         self._awaited.discard(report.gateway)
 
-    def told(self, gateway: str, fleet_as_of_s: float) -> None:
+    def told(self, gateway: str, version: int, as_of_s: float) -> None:
         known = self._heard.get(gateway)
         if known is not None:
-            self._heard[gateway] = replace(known, told_s=fleet_as_of_s)
+            self._heard[gateway] = replace(known, told=_Fleet(version, as_of_s))
 
     def recall(self, model: str, gateways: Iterable[GatewaySeen], now_s: float) -> None:
         """Expect the gateways that an earlier controller knew; until they report, they are silent
@@ -71,6 +83,15 @@ class GatewayBook:
     def ages_s(self, now_s: float) -> dict[str, float]:
         return {name: now_s - heard.at_s for name, heard in self._heard.items()}
 
+    def in_flight(self, heard_from_s: float) -> dict[str, int]:
+        """By group, over the gateways that have reported since then."""
+        sums: dict[str, int] = {}
+        for heard in self._heard.values():
+            if heard.at_s >= heard_from_s:
+                for group, counts in heard.report.groups.items():
+                    sums[group] = sums.get(group, 0) + counts.in_flight
+        return sums
+
     def seen(
         self, model: str, groups: Iterable[str], stale_from_s: float
     ) -> tuple[GatewaySeen, ...]:
@@ -92,7 +113,7 @@ def _seen(name: str, heard: _Heard, traffic: ModelTraffic, groups: set[str]) -> 
     return GatewaySeen(
         gateway=name,
         heard_at_s=heard.at_s,
-        knows_s=heard.knew_s,
+        knows_s=heard.knew.as_of_s if heard.knew else None,
         queued=traffic.queued_requests,
         waking=traffic.wake_requests,
         oldest_wait_s=traffic.oldest_wait_s,

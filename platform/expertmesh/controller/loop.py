@@ -18,6 +18,7 @@ from expertmesh.controller.gateways import GatewayBook
 from expertmesh.controller.health import StepHealth
 from expertmesh.controller.holds import CapacityKeeper, CapacityLedger
 from expertmesh.controller.journal import QUIET_S, DecisionJournal, JournalStore
+from expertmesh.controller.loads import EngineLoads, group_loads
 from expertmesh.controller.metrics import ControllerMetrics
 from expertmesh.controller.observe import (
     Observer,
@@ -86,6 +87,8 @@ class Controller:
         self._looked: set[str] = set()
         """Models that have been decided on with Serve in sight."""
         self._poke = asyncio.Event()
+        self._poked_for: set[str] = set()
+        """Models whose waiting requests have ended a pause of the loop, until they have a group."""
 
         self._observer = Observer(parts.serve, parts.probe)
         self._applier = Applier(parts.serve)
@@ -94,6 +97,7 @@ class Controller:
         self._gateways = GatewayBook(timing.gateway_forget_s)
         # Milliseconds: above every version of an earlier controller, which adds one a change.
         self._board = FleetBoard(models, first_version=int(self._started_at_s * 1000))
+        self._engine_loads = EngineLoads()
         self._health = StepHealth()
         self.metrics = ControllerMetrics()
 
@@ -101,17 +105,25 @@ class Controller:
 
     @property
     def fleet(self) -> Fleet | None:
-        """None until the first decision: gateways then keep the fleet that they have."""
-        return self._board.fleet
-
-    def exchange(self, report: GatewayReport) -> Fleet | None:
-        self._gateways.receive(report, self._now_s())
+        """With the loads of this moment; None until the first decision: gateways then keep the
+        fleet that they have."""
         fleet = self._board.fleet
         if fleet is None:
             return None
-        self._gateways.told(report.gateway, self._board.as_of_s)
-        if self._waits_in_vain(report):
+        live_from_s = self._now_s() - self._timing.gateway_stale_s
+        in_flight = self._gateways.in_flight(live_from_s)
+        return replace(fleet, loads=group_loads(self._records(), self._engine_loads, in_flight))
+
+    def exchange(self, report: GatewayReport) -> Fleet | None:
+        """At any time: a gateway reports once a second, and at once when it wakes a model."""
+        self._gateways.receive(report, self._now_s())
+        in_vain = self._waiting_in_vain(report)
+        if not in_vain <= self._poked_for:
+            self._poked_for |= in_vain
             self._poke.set()
+        fleet = self.fleet
+        if fleet is not None:
+            self._gateways.told(report.gateway, fleet.version, self._board.as_of_s)
         return fleet
 
     async def decisions(self, limit: int, model: str | None) -> list[dict[str, Any]]:
@@ -179,6 +191,7 @@ class Controller:
                 return
         snapshot = await self._observer.look(self._records())
         self.metrics.saw_ranks(snapshot.ranks.values())
+        self._engine_loads.saw(snapshot.ranks.values())
         for what in ("applications", "nodes", "placement groups"):
             if what in snapshot.problems:
                 self._health.failed(f"observe {what}", snapshot.problems[what])
@@ -191,6 +204,8 @@ class Controller:
         for model in sorted(self._configs):
             await self._step(f"decide {model}", self._decide(self._configs[model], snapshot, now_s))
         self._drop_retired()
+        self._engine_loads.keep({record.spec.name for record in self._records()})
+        self._poked_for = {model for model in self._poked_for if self._still_waits(model)}
         if self._seen_serve or any(state.groups for state in self._states.values()):
             self._board.show(self._states, now_s)
         if snapshot.applications is not None:
@@ -304,13 +319,26 @@ class Controller:
     def _records(self) -> list[GroupRecord]:
         return [record for state in self._states.values() for record in state.groups]
 
-    def _waits_in_vain(self, report: GatewayReport) -> bool:
-        """Requests wait for a model that has no group and none on the way."""
-        return any(
-            traffic.queued_requests + traffic.wake_requests > 0
-            and not self._states.get(model, ModelState()).groups
+    def _waiting_in_vain(self, report: GatewayReport) -> set[str]:
+        """Models whose requests wait while no group of theirs serves or is on the way."""
+        return {
+            model
             for model, traffic in report.models.items()
-            if model in self._configs
+            if traffic.queued_requests + traffic.wake_requests > 0
+            and model in self._configs
+            and model not in self._retired
+            and not self._has_group(model)
+        }
+
+    def _still_waits(self, model: str) -> bool:
+        """One wake a model: what keeps it from a group now, the next report does not change."""
+        decision = self._last.get(model)
+        return not self._has_group(model) and (decision is None or decision.demand.queued > 0)
+
+    def _has_group(self, model: str) -> bool:
+        return any(
+            record.removed_at_s is None and record.state is not GroupState.DRAINING
+            for record in self._states.get(model, ModelState()).groups
         )
 
     async def _step(self, name: str, work: Awaitable[None]) -> None:

@@ -74,11 +74,18 @@ class ApiError:
     retry_after_s: float | None = None
     allow: str | None = None
     """Methods, with status 405."""
+    retry: bool = True
+    """False: trying again cannot help before long, and the official clients shall not."""
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         headers: list[tuple[bytes, bytes]] = []
         if self.retry_after_s is not None:
-            headers.append((b"retry-after", str(retry_after(self.retry_after_s)).encode()))
+            seconds = (
+                retry_after(self.retry_after_s) if self.retry else math.ceil(self.retry_after_s)
+            )
+            headers.append((b"retry-after", str(seconds).encode()))
+        if not self.retry:
+            headers.append((b"x-should-retry", b"false"))
         if self.allow is not None:
             headers.append((b"allow", self.allow.encode()))
         if self.status == 401:
@@ -124,7 +131,9 @@ def error_event(answer: Answer, error: ApiError, request_id: str) -> bytes:
 
 
 def _openai_error(error: ApiError) -> dict[str, Any]:
-    if error.status == 429:
+    if error.code == "insufficient_quota":
+        kind = "insufficient_quota"
+    elif error.status == 429:
         kind = "rate_limit_error"
     else:
         kind = "invalid_request_error" if error.status < 500 else "server_error"

@@ -1,18 +1,20 @@
-"""The gateway's ASGI application: routes, checks in order of their cost, and settlement."""
+"""The gateway's application: routes, checks in the order of their cost, and the way in."""
 
 import asyncio
 import hmac
 import logging
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any, Final
+from urllib.parse import unquote
 
 import msgspec
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from expertmesh.core.metering.rating import price
-from expertmesh.core.metering.usage import Outcome, UsageRecord
+from expertmesh.core.admission.limit_book import Estimate, Refused, Reserved
+from expertmesh.core.domain.tenant import Caller
+from expertmesh.gateway.access_log import AccessLog
+from expertmesh.gateway.admission import Admission
+from expertmesh.gateway.answers import JSON_LINE, error_lines, id_lines
 from expertmesh.gateway.api import (
     ENDPOINTS,
     GET_PATHS,
@@ -20,33 +22,48 @@ from expertmesh.gateway.api import (
     ApiError,
     Endpoint,
     Protocol,
+    error_body,
 )
-from expertmesh.gateway.auth import Key, KeyRing
-from expertmesh.gateway.call import Call, ClientHeaders, new_id, read_headers, read_question
+from expertmesh.gateway.asgi_bridge import AsgiBridge
+from expertmesh.gateway.auth import KeyRing
+from expertmesh.gateway.call import Call, read_question
+from expertmesh.gateway.client_connection import ClientConnection, Request
+from expertmesh.gateway.cors import Cors
 from expertmesh.gateway.fleet_view import FleetView
-from expertmesh.gateway.gate import Gate
-from expertmesh.gateway.limits import GatewayLimits
+from expertmesh.gateway.flight import Flight, State
+from expertmesh.gateway.limit_answers import limit_error, limit_lines
+from expertmesh.gateway.limiter import Limiter
 from expertmesh.gateway.metrics import GatewayMetrics
-from expertmesh.gateway.relay import (
-    CLIENT_CLOSED,
-    Message,
-    Receive,
-    Relay,
-    Send,
-    id_headers,
-    send_error,
-)
-from expertmesh.gateway.usage import PromptSizes, TokenCount
-from expertmesh.gateway.usage_writer import UsageWriter
+from expertmesh.gateway.model_list import ModelList
+from expertmesh.gateway.prices import PriceBook
+from expertmesh.gateway.relay import Relay
+from expertmesh.gateway.request_ids import RequestIds
+from expertmesh.gateway.usage import PromptSizes
+from expertmesh.telemetry.traces import Tracing
 
 _log = logging.getLogger(__name__)
-access_log = logging.getLogger("expertmesh.gateway.access")
-"""One JSON object per request; never a prompt, a completion or a key."""
 
-_REFUSED_BODY_BYTES = 32 * 1024 * 1024
-_REFUSED_BODY_S = 2.0
-"""So much of a body that is too large is still taken off the wire: a client that is cut off while
-it sends does not get to see the answer."""
+ADMIN_PATH: Final = "/admin/v1"
+_NO_KEY: Final = ApiError(
+    401,
+    "The request has no API key; send it as 'Authorization: Bearer …' or 'x-api-key'.",
+    code="invalid_api_key",
+)
+_BAD_KEY: Final = ApiError(
+    401, "The API key is unknown, revoked or expired.", code="invalid_api_key"
+)
+_NO_KEYS_YET: Final = ApiError(
+    503, "The gateway starts and has not loaded its keys yet.", retry_after_s=1.0
+)
+_NO_FLEET_YET: Final = ApiError(
+    503, "The gateway starts and does not know the fleet yet.", retry_after_s=1.0
+)
+GATEWAY_FAILED: Final = ApiError(500, "The gateway failed; its log says why.")
+_ADMIN_KEY: Final = ApiError(
+    403,
+    f"This key is for {ADMIN_PATH} only; create another one for the models.",
+    code="permission_denied",
+)
 
 
 class Gateway:
@@ -54,334 +71,253 @@ class Gateway:
         self,
         ring: KeyRing,
         view: FleetView,
-        gate: Gate,
+        limiter: Limiter,
+        admission: Admission,
         relay: Relay,
-        writer: UsageWriter,
         metrics: GatewayMetrics,
+        exposition: Callable[[bytes], tuple[bytes, bytes]],
+        access_log: AccessLog,
+        sizes: PromptSizes,
+        prices: PriceBook,
+        tracing: Tracing,
+        admin: AsgiBridge,
+        cors: Cors,
         mesh_token: str,
-        limits: GatewayLimits,
         now_s: Callable[[], float],
     ) -> None:
-        """`now_s` is a monotonic clock."""
+        """`exposition` gives content type and text of the metrics for an Accept header. `now_s` is
+        a monotonic clock."""
         self._ring: Final = ring
         self._view: Final = view
-        self._gate: Final = gate
+        self._limiter: Final = limiter
+        self._admission: Final = admission
         self._relay: Final = relay
-        self._writer: Final = writer
         self._metrics: Final = metrics
+        self._exposition: Final = exposition
+        self._access_log: Final = access_log
+        self._sizes: Final = sizes
+        self._prices: Final = prices
+        self._tracing: Final = tracing
+        self._admin: Final = admin
+        self.cors = cors
         self._mesh_token: Final = mesh_token.encode()
-        self._limits: Final = limits
+        self._ids: Final = RequestIds()
+        self._models: Final = ModelList(view, int(time.time()))
         self._now_s: Final = now_s
-        self._sizes: Final = PromptSizes()
-        self._started_at_s: Final = int(time.time())
         self.draining = False
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        path: str = scope["path"]
-        headers = read_headers(scope["headers"])
-        endpoint = ENDPOINTS.get(path)
-        if endpoint is not None:
-            await self._serve(endpoint, scope, headers, receive, send)
-        else:
-            await self._get(path, scope["method"], headers, send)
+    # The connection calls these.
 
-    async def _serve(
-        self,
-        endpoint: Endpoint,
-        scope: Message,
-        headers: ClientHeaders,
-        receive: Receive,
-        send: Send,
-    ) -> None:
+    def screen(self, request: Request) -> ApiError | None:
+        endpoint = ENDPOINTS.get(request.path)
+        if endpoint is None and not request.path.startswith(ADMIN_PATH):
+            return self._wrong_path(request) or ApiError(
+                413, "This request has no use for a body of that size.", code="request_too_large"
+            )
+        caller = self._head_check(request, time.time())
+        return caller if isinstance(caller, ApiError) else None
+
+    def handle(self, request: Request, client: ClientConnection) -> None:
+        try:
+            if request.headers.origin is not None:
+                request.extra_lines = self.cors.lines(request.headers.origin)
+            endpoint = ENDPOINTS.get(request.path)
+            if endpoint is not None:
+                self._serve(endpoint, request, client)
+            else:
+                self._other(request, client)
+        except Exception:
+            _log.exception("the gateway failed at %s", request.path[:200])
+            watcher = client.watcher
+            if isinstance(watcher, Flight):
+                watcher.fail()
+            else:
+                self.refuse(request, client, GATEWAY_FAILED)
+
+    def refuse(self, request: Request, client: ClientConnection, error: ApiError) -> None:
+        endpoint = ENDPOINTS.get(request.path)
+        name = endpoint.name if endpoint is not None else "other"
+        request_id = request.headers.request_id or self._ids.new()
+        self._metrics.refused(name, error.status)
+        self._access_log.refused(request_id, name, error.status, error.message)
+        protocol = _protocol(request, endpoint)
+        client.send_whole(
+            error.status,
+            error_lines(protocol, error, request_id),
+            error_body(protocol, error, request_id),
+        )
+
+    # Calls to a model.
+
+    def _serve(self, endpoint: Endpoint, request: Request, client: ClientConnection) -> None:
         accepted_at_s, started_s = time.time(), self._now_s()
-        call_id = new_id()
-        request_id = headers.request_id or call_id
-        checked = self._check(scope, headers, accepted_at_s)
-        if isinstance(checked, ApiError):
-            await self._refuse(endpoint, checked, request_id, started_s, send)
+        caller = self._head_check(request, accepted_at_s)
+        if isinstance(caller, ApiError):
+            self.refuse(request, client, caller)
             return
-        body = await self._read_body(headers, receive)
-        if body is None:
-            return  # the client has gone
-        if isinstance(body, ApiError):
-            refusal: ApiError | Call = body
-            if body.status == 413:
-                send = _until_taken(receive, send)
-        else:
-            refusal = self._accept(
-                endpoint, body, headers, checked, call_id, request_id, accepted_at_s, started_s
-            )
-        if isinstance(refusal, ApiError):
-            await self._refuse(endpoint, refusal, request_id, started_s, send)
-            return
-        try:
-            await self._relay.serve(refusal, receive, send)
-        finally:
-            self._settle(refusal)
-
-    def _check(self, scope: Message, headers: ClientHeaders, now_s: float) -> Key | ApiError:
-        """What the header alone decides, before any of the body is read."""
-        if scope["method"] != "POST":
-            return ApiError(405, f"Use POST for {scope['path']}.", allow="POST")
-        if len(scope["headers"]) > self._limits.headers:
-            return ApiError(
-                431,
-                f"The request has {len(scope['headers'])} header fields; "
-                f"at most {self._limits.headers} are accepted.",
-            )
-        key = self._authenticate(headers, now_s)
-        if isinstance(key, ApiError):
-            return key
-        if headers.content_encoding not in (None, b"identity"):
-            return ApiError(415, "The request body must not be compressed; drop Content-Encoding.")
-        return key
-
-    def _authenticate(self, headers: ClientHeaders, now_s: float) -> Key | ApiError:
-        if headers.secret is None:
-            return ApiError(
-                401,
-                "The request has no API key; send it as 'Authorization: Bearer …' or 'x-api-key'.",
-                code="invalid_api_key",
-            )
-        key = self._ring.find(headers.secret, now_s)
-        if key is not None:
-            return key
-        if not self._ring.loaded:
-            return ApiError(
-                503, "The gateway starts and has not loaded its keys yet.", retry_after_s=1.0
-            )
-        return ApiError(401, "The API key is unknown, revoked or expired.", code="invalid_api_key")
-
-    async def _read_body(self, headers: ClientHeaders, receive: Receive) -> bytes | ApiError | None:
-        most = self._limits.body_bytes
-        too_large = ApiError(
-            413,
-            f"The request body is over the limit of {most} bytes; send a shorter one.",
-            code="request_too_large",
-        )
-        if headers.content_length is not None and headers.content_length > most:
-            return too_large
-        message = await receive()
-        body: bytes = message.get("body", b"")
-        if not message.get("more_body"):
-            return body if message["type"] == "http.request" else None
-        parts, size = [body], len(body)
-        try:
-            async with asyncio.timeout(self._limits.body_timeout_s):
-                while message.get("more_body"):
-                    if size > most:
-                        return too_large
-                    message = await receive()
-                    part: bytes = message.get("body", b"")
-                    parts.append(part)
-                    size += len(part)
-        except TimeoutError:
-            return ApiError(
-                408, f"The request body was not whole after {self._limits.body_timeout_s:g} s."
-            )
-        if message["type"] != "http.request":
-            return None
-        return too_large if size > most else b"".join(parts)
-
-    def _accept(
-        self,
-        endpoint: Endpoint,
-        body: bytes,
-        headers: ClientHeaders,
-        key: Key,
-        call_id: str,
-        request_id: str,
-        accepted_at_s: float,
-        started_s: float,
-    ) -> Call | ApiError:
-        if len(body) > self._limits.body_bytes:
-            return ApiError(
-                413,
-                f"The request body is over the limit of {self._limits.body_bytes} bytes.",
-                code="request_too_large",
-            )
-        question = read_question(endpoint, body)
+        question = read_question(endpoint, request.body, request.headers.session)
         if isinstance(question, ApiError):
-            return question
-        if self._view.fleet is None:
-            return ApiError(
-                503, "The gateway starts and does not know the fleet yet.", retry_after_s=1.0
-            )
-        model = self._view.models.get(question.model)
-        if model is None:
-            return self._unknown_model(question.model)
-        if self.draining and not self._view.is_ready(model.name):
-            return ApiError(503, "The gateway shuts down.", retry_after_s=1.0)
-        self._view.arrived(model.name)
-        guess = self._sizes.guess(model.name, len(body), model.max_model_len)
-        return Call(
-            id=call_id,
-            request_id=request_id,
-            endpoint=endpoint,
-            accepted_at_s=accepted_at_s,
-            started_s=started_s,
-            headers=headers,
-            key=key,
-            question=question,
-            model=model,
-            prompt_guess=guess,
-        )
-
-    def _unknown_model(self, name: str) -> ApiError:
-        known = ", ".join(sorted(self._view.models)) or "none"
-        return ApiError(
-            404,
-            f"The model '{name[:200]}' does not exist; there are: {known}.",
-            code="model_not_found",
-            param="model",
-        )
-
-    async def _refuse(
-        self,
-        endpoint: Endpoint,
-        error: ApiError,
-        request_id: str,
-        started_s: float,
-        send: Send,
-    ) -> None:
-        self._metrics.requests.labels("", endpoint.name, str(error.status)).inc()
-        access_log.info(
-            "%s",
-            _line(
-                {
-                    "request_id": request_id,
-                    "endpoint": endpoint.name,
-                    "status": error.status,
-                    "duration_s": round(self._now_s() - started_s, 6),
-                    "error": error.message,
-                }
-            ),
-        )
-        await send_error(send, endpoint.protocol, error, request_id)
-
-    def _settle(self, call: Call) -> None:
-        ended_s = self._now_s()
-        duration_s = ended_s - call.started_s
-        count = self._count(call)
-        aborted = call.outcome is Outcome.ABORTED
-        status = CLIENT_CLOSED if aborted else call.status
-        model, candidate = call.model.name, call.candidate
-        self._metrics.requests.labels(model, call.endpoint.name, str(status)).inc()
-        if call.waited:
-            self._metrics.queue_wait.labels(model).observe(call.queue_s)
-        ttft_s = None if call.first_byte_s is None else call.first_byte_s - call.started_s
-        if candidate is not None and call.endpoint.metered and not call.rejected:
-            tariff_usd = price(call.model, count.prompt, count.cached, count.completion)
-            self._writer.record(
-                UsageRecord(
-                    request_id=call.id,
-                    at_s=call.accepted_at_s,
-                    tenant=call.key.tenant,
-                    key_id=call.key.id,
-                    model=model,
-                    group=candidate.group,
-                    pool=candidate.pool,
-                    endpoint=call.endpoint.name,
-                    outcome=call.outcome,
-                    prompt_tokens=count.prompt,
-                    cached_tokens=count.cached,
-                    completion_tokens=count.completion,
-                    queue_s=call.queue_s,
-                    ttft_s=ttft_s,
-                    duration_s=duration_s,
-                    tariff_usd=tariff_usd,
-                )
-            )
-            self._measure(call, count, float(tariff_usd), ended_s)
-        if access_log.isEnabledFor(logging.INFO):
-            access_log.info(
-                "%s",
-                _line(
-                    {
-                        "request_id": call.request_id,
-                        "usage_id": call.id,
-                        "tenant": call.key.tenant,
-                        "key_id": call.key.id,
-                        "endpoint": call.endpoint.name,
-                        "model": model,
-                        "stream": call.question.stream,
-                        "status": status,
-                        "outcome": call.outcome.value,
-                        "group": None if candidate is None else candidate.group,
-                        "rank": None if candidate is None else candidate.rank,
-                        "failed_attempts": len(call.failed),
-                        "prompt_tokens": count.prompt,
-                        "cached_tokens": count.cached,
-                        "completion_tokens": count.completion,
-                        "queue_s": round(call.queue_s, 6),
-                        "ttft_s": None if ttft_s is None else round(ttft_s, 6),
-                        "duration_s": round(duration_s, 6),
-                        "error": call.error,
-                    }
-                ),
-            )
-
-    def _count(self, call: Call) -> TokenCount:
-        """What the engine told, else what has been seen of it."""
-        usage = call.usage
-        if call.events is not None:
-            usage = call.events.usage()
-            if usage is None:
-                return TokenCount(call.prompt_guess, 0, call.events.tokens_seen)
-        if usage is None:
-            return TokenCount(0, 0, 0)
-        self._sizes.learn(call.model.name, len(call.question.body), usage.prompt)
-        return usage
-
-    def _measure(self, call: Call, count: TokenCount, tariff_usd: float, ended_s: float) -> None:
-        metrics, model = self._metrics, call.model.name
-        pool = call.candidate.pool if call.candidate is not None else ""
-        metrics.duration.labels(model, pool).observe(ended_s - call.started_s)
-        metrics.tokens.labels(model, pool, "in").inc(count.prompt - count.cached)
-        metrics.tokens.labels(model, pool, "cached").inc(count.cached)
-        metrics.tokens.labels(model, pool, "out").inc(count.completion)
-        metrics.revenue_usd.labels(model, pool).inc(tariff_usd)
-        # A whole answer's first byte comes at its end and says nothing about latency targets.
-        if call.events is not None and call.first_byte_s is not None:
-            metrics.ttft.labels(model, pool).observe(call.first_byte_s - call.started_s)
-            if count.completion > 1:
-                per_token_s = (ended_s - call.first_byte_s) / (count.completion - 1)
-                metrics.tpot.labels(model, pool).observe(per_token_s)
-
-    async def _get(self, path: str, method: str, headers: ClientHeaders, send: Send) -> None:
-        protocol = (
-            Protocol.ANTHROPIC
-            if headers.anthropic or path.startswith("/v1/messages")
-            else Protocol.OPENAI
-        )
-        request_id = headers.request_id or new_id()
-        known = path in GET_PATHS or path.startswith(MODELS_PATH + "/")
-        if not known:
-            error = ApiError(404, f"There is no {path[:200]} here.", code="not_found")
-        elif method not in ("GET", "HEAD"):
-            error = ApiError(405, f"Use GET for {path[:200]}.", allow="GET, HEAD")
-        elif path == "/healthz":
-            await _send_json(send, 200, {"status": "ok"}, [])
+            self.refuse(request, client, question)
             return
+        view = self._view
+        model = view.models.get(question.model)
+        if model is None or not caller.may_use(model.name):
+            error = (
+                _NO_FLEET_YET
+                if view.fleet is None
+                else self._models.unknown(question.model, caller)
+            )
+            self.refuse(request, client, error)
+            return
+        if self.draining and not view.is_ready(model.name):
+            self.refuse(request, client, ApiError(503, "The gateway shuts down.", retry_after_s=1))
+            return
+        view.arrived(model.name)
+        call_id = self._ids.new()
+        call = Call(
+            call_id,
+            request.headers.request_id or call_id,
+            endpoint,
+            accepted_at_s,
+            started_s,
+            request.headers,
+            caller,
+            question,
+            model,
+            self._sizes.guess(model.name, len(question.body), model.max_model_len),
+        )
+        if self._tracing.on:
+            call.trace = self._tracing.begin(request.headers.traceparent)
+        flight = self._relay.begin(call, client)
+        if caller.accounts:
+            self._reserve(flight)
+        else:
+            self._admission.enter(flight)
+
+    def _reserve(self, flight: Flight) -> None:
+        call = flight.call
+        price = self._prices.of(call.model)
+        estimate = Estimate(
+            call.tokens,
+            price.most_pico_usd(call.most_prompt_tokens, call.most_completion_tokens)
+            if call.endpoint.metered
+            else 0,
+        )
+        result = self._limiter.reserve(call.id, call.caller.accounts, estimate, call.accepted_at_s)
+        if isinstance(result, (Reserved, Refused)):
+            self._reserved(flight, result)
+        else:
+            result.add_done_callback(lambda done: self._reserved_later(flight, done))
+
+    def _reserved_later(self, flight: Flight, done: "asyncio.Future[Reserved | Refused]") -> None:
+        try:
+            result = done.result()
+            if flight.state is State.DONE:
+                # The client has gone meanwhile.
+                if isinstance(result, Reserved):
+                    self._limiter.settle(flight.call.id, 0, 0, time.time())
+                return
+            self._reserved(flight, result)
+        except Exception:
+            _log.exception("request %s: the gateway failed", flight.call.id)
+            flight.fail()
+
+    def _reserved(self, flight: Flight, result: Reserved | Refused) -> None:
+        call = flight.call
+        protocol = call.endpoint.protocol
+        if result.headroom is not None:
+            call.limit_lines = limit_lines(protocol, result.headroom, call.accepted_at_s)
+        if isinstance(result, Reserved):
+            call.reserved = True
+            self._admission.enter(flight)
+            return
+        call.dropped_reason = result.kind.value
+        self._metrics.limited(call.model.name, result.kind.value)
+        flight.turn_away(limit_error(result))
+
+    # Everything else.
+
+    def _other(self, request: Request, client: ClientConnection) -> None:
+        path = request.path
+        if request.method == b"OPTIONS" and request.headers.origin is not None:
+            preflight = self.cors.preflight(request.headers.origin)
+            if preflight:
+                client.send_whole(204, preflight, b"")
+                return
+        if path == ADMIN_PATH or path.startswith(ADMIN_PATH + "/"):
+            self._administer(request, client)
+            return
+        error = self._wrong_path(request)
+        if error is not None:
+            self.refuse(request, client, error)
+        elif path == "/healthz":
+            self._send_json(client, 200, {"status": "ok"})
         elif path == "/readyz":
             missing = self._missing()
-            status = 503 if missing else 200
-            await _send_json(
-                send, status, {"status": "not ready" if missing else "ok", "missing": missing}, []
-            )
-            return
+            status = "not ready" if missing else "ok"
+            self._send_json(client, 503 if missing else 200, {"status": status, "missing": missing})
         elif path == "/metrics":
-            if hmac.compare_digest(headers.secret or b"", self._mesh_token):
-                await _send(send, 200, self._exposition(), CONTENT_TYPE_LATEST, [])
-                return
-            error = ApiError(401, "/metrics wants the mesh token as 'Authorization: Bearer …'.")
+            self._show_metrics(request, client)
         else:
-            answer = self._models(path, headers, protocol)
-            if not isinstance(answer, ApiError):
-                await _send_json(send, 200, answer, id_headers(protocol, request_id))
-                return
-            error = answer
-        await send_error(send, protocol, error, request_id)
+            self._show_models(request, client)
+
+    def _administer(self, request: Request, client: ClientConnection) -> None:
+        caller = self._authenticate(request, time.time())
+        if isinstance(caller, ApiError):
+            self.refuse(request, client, caller)
+        elif not caller.admin:
+            error = ApiError(
+                403,
+                f"{ADMIN_PATH} wants a key that was created for it: "
+                "`expertmesh keys create --admin`.",
+                code="permission_denied",
+            )
+            self.refuse(request, client, error)
+        else:
+            self._admin.serve(request, client, caller)
+
+    def _show_metrics(self, request: Request, client: ClientConnection) -> None:
+        if not hmac.compare_digest(request.headers.secret or b"", self._mesh_token):
+            error = ApiError(401, "/metrics wants the mesh token as 'Authorization: Bearer …'.")
+            self.refuse(request, client, error)
+            return
+        content_type, text = self._exposition(request.headers.accept)
+        client.send_whole(200, b"content-type: %b\r\n" % content_type, text)
+
+    def _show_models(self, request: Request, client: ClientConnection) -> None:
+        caller = self._authenticate(request, time.time())
+        if isinstance(caller, ApiError):
+            self.refuse(request, client, caller)
+            return
+        if self._view.fleet is None:
+            self.refuse(request, client, _NO_FLEET_YET)
+            return
+        protocol = _protocol(request, None)
+        if request.path == MODELS_PATH:
+            answer: dict[str, Any] | ApiError = self._models.listed(protocol, caller)
+        else:
+            name = unquote(request.path.removeprefix(MODELS_PATH + "/"))
+            answer = self._models.one(protocol, name, caller)
+        if isinstance(answer, ApiError):
+            self.refuse(request, client, answer)
+            return
+        request_id = request.headers.request_id or self._ids.new()
+        lines = JSON_LINE + id_lines(protocol, request_id)
+        client.send_whole(200, lines, msgspec.json.encode(answer))
+
+    def _wrong_path(self, request: Request) -> ApiError | None:
+        path, method = request.path, request.method
+        if path.startswith("/v1/responses/"):
+            return ApiError(
+                404,
+                "Responses are not stored here; send the whole conversation with each request.",
+                code="not_found",
+            )
+        if path not in GET_PATHS and not path.startswith(MODELS_PATH + "/"):
+            return ApiError(404, f"There is no {path[:200]} here.", code="not_found")
+        if method not in (b"GET", b"HEAD"):
+            return ApiError(405, f"Use GET for {path[:200]}.", allow="GET, HEAD")
+        return None
 
     def _missing(self) -> list[str]:
         missing = []
@@ -393,105 +329,38 @@ class Gateway:
             missing.append("the controller has not sent a fleet")
         return missing
 
-    def _exposition(self) -> bytes:
-        self._metrics.in_flight.clear()
-        for name, count in self._view.groups.items():
-            self._metrics.in_flight.labels(count.model, name, count.pool).set(count.in_flight)
-        self._metrics.queued.clear()
-        for model in self._view.models:
-            self._metrics.queued.labels(model).set(self._gate.queued(model))
-        return generate_latest(self._metrics.registry)
+    def _head_check(self, request: Request, now_s: float) -> Caller | ApiError:
+        """What the head alone decides."""
+        admin = request.path.startswith(ADMIN_PATH)
+        if request.method != b"POST" and not admin:
+            return ApiError(405, f"Use POST for {request.path}.", allow="POST")
+        caller = self._authenticate(request, now_s)
+        if isinstance(caller, ApiError):
+            return caller
+        if caller.admin and not admin:
+            return _ADMIN_KEY
+        encoding = request.headers.content_encoding
+        if encoding is not None and encoding != b"identity":
+            return ApiError(415, "The request body must not be compressed; drop Content-Encoding.")
+        return caller
 
-    def _models(
-        self, path: str, headers: ClientHeaders, protocol: Protocol
-    ) -> dict[str, Any] | ApiError:
-        """All models of the fleet: a sleeping one is woken by asking it."""
-        key = self._authenticate(headers, time.time())
-        if isinstance(key, ApiError):
-            return key
-        if self._view.fleet is None:
-            return ApiError(
-                503, "The gateway starts and does not know the fleet yet.", retry_after_s=1.0
-            )
-        describe = self._anthropic_model if protocol is Protocol.ANTHROPIC else self._openai_model
-        if path != MODELS_PATH:
-            name = path.removeprefix(MODELS_PATH + "/")
-            return describe(name) if name in self._view.models else self._unknown_model(name)
-        models = [describe(name) for name in sorted(self._view.models)]
-        if protocol is Protocol.OPENAI:
-            return {"object": "list", "data": models}
-        return {
-            "data": models,
-            "has_more": False,
-            "first_id": models[0]["id"] if models else None,
-            "last_id": models[-1]["id"] if models else None,
-        }
+    def _authenticate(self, request: Request, now_s: float) -> Caller | ApiError:
+        secret = request.headers.secret
+        if not secret:
+            return _NO_KEY
+        caller = self._ring.find(secret, now_s)
+        if caller is not None:
+            return caller
+        return _BAD_KEY if self._ring.loaded else _NO_KEYS_YET
 
-    def _openai_model(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._started_at_s,
-            "owned_by": "expertmesh",
-            "max_model_len": self._view.models[name].max_model_len,
-        }
-
-    def _anthropic_model(self, name: str) -> dict[str, Any]:
-        created = datetime.fromtimestamp(self._started_at_s, UTC)
-        return {
-            "type": "model",
-            "id": name,
-            "display_name": name,
-            "created_at": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        }
+    @staticmethod
+    def _send_json(client: ClientConnection, status: int, value: Any) -> None:
+        client.send_whole(status, JSON_LINE, msgspec.json.encode(value))
 
 
-def _line(fields: dict[str, Any]) -> str:
-    return msgspec.json.encode({"at": datetime.now(UTC), **fields}).decode()
-
-
-async def _send_json(
-    send: Send, status: int, value: Any, headers: list[tuple[bytes, bytes]]
-) -> None:
-    await _send(send, status, msgspec.json.encode(value), "application/json", headers)
-
-
-async def _send(
-    send: Send, status: int, body: bytes, content_type: str, headers: list[tuple[bytes, bytes]]
-) -> None:
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [
-                (b"content-type", content_type.encode()),
-                (b"content-length", str(len(body)).encode()),
-                *headers,
-            ],
-        }
-    )
-    await send({"type": "http.response.body", "body": body, "more_body": False})
-
-
-def _until_taken(receive: Receive, send: Send) -> Send:
-    """Sends an answer at once, then ends it after the rest of the body, and the connection too."""
-
-    async def send_and_take(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message["headers"], (b"connection", b"close")]
-            await send(message)
-            return
-        await send({**message, "more_body": True})
-        taken = 0
-        try:
-            async with asyncio.timeout(_REFUSED_BODY_S):
-                while taken < _REFUSED_BODY_BYTES:
-                    part = await receive()
-                    if not part.get("more_body"):
-                        break
-                    taken += len(part["body"])
-        except TimeoutError:
-            pass
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    return send_and_take
+def _protocol(request: Request, endpoint: Endpoint | None) -> Protocol:
+    if endpoint is not None:
+        return endpoint.protocol
+    if request.headers.anthropic or request.path.startswith("/v1/messages"):
+        return Protocol.ANTHROPIC
+    return Protocol.OPENAI

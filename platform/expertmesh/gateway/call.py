@@ -1,86 +1,37 @@
 """One request from acceptance to settlement: what was asked, and what became of it."""
 
-import re
-import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from expertmesh.core.domain.fleet import ServedModel
+from expertmesh.core.domain.tenant import Caller
 from expertmesh.core.metering.usage import Outcome
-from expertmesh.core.routing.policy import Attempt, Candidate
-from expertmesh.gateway.api import ApiError, Endpoint
-from expertmesh.gateway.auth import Key
+from expertmesh.core.routing.candidate import Attempt, Candidate
+from expertmesh.core.routing.work import Sent
+from expertmesh.gateway.api import Answer, ApiError, Endpoint
 from expertmesh.gateway.event_stream import EventStream
+from expertmesh.gateway.headers import ClientHeaders
 from expertmesh.gateway.usage import TokenCount
+from expertmesh.gateway.usage_journal import OpenCall
+from expertmesh.telemetry.traces import CallTrace
 
-_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _GUESSED_COMPLETION_TOKENS = 256
-"""For load figures only, where a request names no limit."""
-
-# What a rank gets of a client's headers; no other one, as some headers steer vLLM's scheduler.
-FORWARDED = frozenset(
-    (b"accept", b"anthropic-beta", b"anthropic-version", b"traceparent", b"tracestate")
-)
-
-
-@dataclass(slots=True)
-class ClientHeaders:
-    """The few header fields that matter, found in one pass."""
-
-    secret: bytes | None = None
-    request_id: str = ""
-    content_length: int | None = None
-    content_encoding: bytes | None = None
-    read_timeout_s: float | None = None
-    anthropic: bool = False
-    forwarded: dict[str, str] = field(default_factory=dict)
-
-
-def read_headers(headers: Iterable[tuple[bytes, bytes]]) -> ClientHeaders:
-    found = ClientHeaders()
-    for name, value in headers:
-        if name == b"authorization":
-            if value[:7].lower() == b"bearer ":
-                found.secret = value[7:].strip()
-        elif name == b"x-api-key":
-            if found.secret is None:
-                found.secret = value.strip()
-        elif name == b"x-request-id":
-            if _SANE_ID.fullmatch(value):
-                found.request_id = value.decode()
-        elif name == b"content-length":
-            found.content_length = int(value) if value.isdigit() else None
-        elif name == b"content-encoding":
-            found.content_encoding = value.strip().lower()
-        elif name == b"x-stainless-read-timeout":
-            found.read_timeout_s = _positive(value)
-        elif name in FORWARDED:
-            if name == b"anthropic-version":
-                found.anthropic = True
-            found.forwarded[name.decode()] = value.decode("latin-1")
-    return found
-
-
-def _positive(value: bytes) -> float | None:
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    return number if number > 0 else None
-
-
-def new_id() -> str:
-    return f"req_{uuid.uuid4().hex}"
-
+"""For rates and load figures only, where a request names no limit; money is reserved in full."""
+_TEMPLATE_TOKENS = 256
+"""What a chat template may add to a prompt beyond the bytes of the request, tools included."""
+_MOST_SEQUENCES = 128
+"""vLLM's own bound of `n` is far lower; an absurd number must not overflow a reservation."""
 
 _ABSENT = msgspec.Raw(b"")
 _NULL = msgspec.Raw(b"null")
 
 
-class _Ask(msgspec.Struct):
+class _Metadata(msgspec.Struct, gc=False):
+    user_id: Any = None
+
+
+class _Ask(msgspec.Struct, gc=False):
     """The part of a body that the gateway reads; the rest passes unseen."""
 
     model: Any = None
@@ -89,9 +40,18 @@ class _Ask(msgspec.Struct):
     max_tokens: Any = None
     max_completion_tokens: Any = None
     max_output_tokens: Any = None
+    n: Any = None
+    best_of: Any = None
+    prompt: msgspec.Raw = _ABSENT
+    messages: msgspec.Raw = _ABSENT
+    input: msgspec.Raw = _ABSENT
+    prompt_cache_key: Any = None
+    user: Any = None
+    metadata: msgspec.Raw = _ABSENT
+    previous_response_id: Any = None
 
 
-class _StreamOptions(msgspec.Struct):
+class _StreamOptions(msgspec.Struct, gc=False):
     include_usage: bool | None = None
 
 
@@ -99,11 +59,14 @@ class _StreamOptions(msgspec.Struct):
 _decode_ask = msgspec.json.Decoder(_Ask, strict=False).decode
 _decode_options = msgspec.json.Decoder(_StreamOptions, strict=False).decode
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+_decode_metadata = msgspec.json.Decoder(_Metadata).decode
+_decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _INCLUDE_USAGE = b'"stream_options":{"include_usage":true}'
+_MEDIA = (b"image_url", b"input_image", b"video_url", b"input_audio", b"audio_url", b'"image"')
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True, gc=False):
     """A body, read as far as the gateway needs it."""
 
     body: bytes
@@ -112,15 +75,29 @@ class Question:
     stream: bool
     asks_usage: bool
     """The gateway has added the wish for the usage event, which the client must not see."""
-    max_tokens: int
+    max_tokens: int | None
+    """Of one sequence; None when the client names no limit."""
+    sequences: int
+    """Completions that the engine makes for this request."""
+    prompt: msgspec.Raw
+    """Where prompts begin alike, so do these bytes."""
+    session: bytes | None
+    """Requests of one session find their prefix cached at the same rank."""
+
+    @property
+    def guessed_completion_tokens(self) -> int:
+        return (self.max_tokens or _GUESSED_COMPLETION_TOKENS) * self.sequences
 
 
-def read_question(endpoint: Endpoint, body: bytes) -> Question | ApiError:
+def read_question(
+    endpoint: Endpoint, body: bytes, session: bytes | None = None
+) -> Question | ApiError:
+    """`session` is what the headers name; it goes before anything in the body."""
     try:
         ask = _decode_ask(body)
     except msgspec.ValidationError as error:
         return ApiError(400, f"The request body is not valid: {error}.")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except _UNREADABLE as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         return ApiError(400, f"The request body is no JSON that can be read: {reason}.")
     if not isinstance(ask.model, str) or not ask.model:
@@ -128,20 +105,56 @@ def read_question(endpoint: Endpoint, body: bytes) -> Question | ApiError:
         return ApiError(
             400, f"The field 'model' {given}; name one of GET /v1/models.", param="model"
         )
+    if ask.previous_response_id is not None:
+        return ApiError(
+            400,
+            "Responses are not stored here, so 'previous_response_id' cannot be followed; send "
+            "the whole conversation as 'input' (and 'store': false).",
+            code="previous_response_not_found",
+            param="previous_response_id",
+        )
     asks_usage = False
-    if ask.stream and endpoint.name in ("chat_completions", "completions"):
+    if ask.stream and endpoint.answer is Answer.CHAT:
         injected = _with_usage(body, ask.stream_options)
         asks_usage = injected is not body
         body = injected
     limit = ask.max_completion_tokens or ask.max_tokens or ask.max_output_tokens
-    known = type(limit) is int and limit > 0
     return Question(
-        body=body,
-        model=ask.model,
-        stream=bool(ask.stream),
-        asks_usage=asks_usage,
-        max_tokens=limit if known else _GUESSED_COMPLETION_TOKENS,
+        body,
+        ask.model,
+        bool(ask.stream),
+        asks_usage,
+        limit if type(limit) is int and limit > 0 else None,
+        _sequences(ask),
+        ask.messages or ask.prompt or ask.input,
+        session or _session(ask),
     )
+
+
+def _sequences(ask: _Ask) -> int:
+    count = 1
+    if ask.n is not None or ask.best_of is not None:
+        asked = [value for value in (ask.n, ask.best_of) if type(value) is int]
+        count = max(1, *asked) if asked else 1
+    if bytes(memoryview(ask.prompt)[:1]) == b"[":
+        # Several prompts, unless it is one prompt of token numbers.
+        try:
+            prompts = _decode_list(ask.prompt)
+        except _UNREADABLE:
+            prompts = []
+        if prompts and bytes(memoryview(prompts[0])[:1]) in (b'"', b"["):
+            count *= len(prompts)
+    return min(count, _MOST_SEQUENCES)
+
+
+def _session(ask: _Ask) -> bytes | None:
+    name = ask.prompt_cache_key or ask.user
+    if name is None and ask.metadata:
+        try:
+            name = _decode_metadata(ask.metadata).user_id
+        except _UNREADABLE:
+            return None
+    return name.encode("utf-8", "replace")[:256] if isinstance(name, str) and name else None
 
 
 def _with_usage(body: bytes, options: msgspec.Raw) -> bytes:
@@ -153,16 +166,24 @@ def _with_usage(body: bytes, options: msgspec.Raw) -> bytes:
         if options != _NULL and _decode_options(options).include_usage:
             return body
         fields = {} if options == _NULL else _decode_fields(options)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except _UNREADABLE:
         return body
     fields["include_usage"] = msgspec.Raw(b"true")
-    whole = _decode_fields(body)
-    whole["stream_options"] = msgspec.Raw(msgspec.json.encode(fields))
-    return msgspec.json.encode(whole)
+    return _with_field(body, "stream_options", msgspec.json.encode(fields))
 
 
-@dataclass(slots=True)
-class Call:
+def with_model(body: bytes, model: str) -> bytes:
+    """The same body for another name of the model."""
+    return _with_field(body, "model", msgspec.json.encode(model))
+
+
+def _with_field(body: bytes, name: str, value: bytes) -> bytes:
+    fields = _decode_fields(body)
+    fields[name] = msgspec.Raw(value)
+    return msgspec.json.encode(fields)
+
+
+class Call(msgspec.Struct, eq=False):
     """Filled in while the request goes through; settled once at the end."""
 
     id: str
@@ -175,7 +196,7 @@ class Call:
     started_s: float
     """Monotonic, as are the times below."""
     headers: ClientHeaders
-    key: Key
+    caller: Caller
     question: Question
     model: ServedModel
     prompt_guess: int
@@ -183,17 +204,57 @@ class Call:
     outcome: Outcome = Outcome.OK
     status: int = 0
     error: str = ""
+    dropped_reason: str = ""
+    """Why it was turned away before a rank saw it, in one word."""
     queue_s: float = 0.0
     waited: bool = False
+    reserved: bool = False
+    limit_lines: bytes = b""
+    """Header lines that tell what the limits leave."""
     candidate: Candidate | None = None
-    failed: list[Attempt] = field(default_factory=list)
+    failed: list[Attempt] = []
+    """Not to be chosen again, as long as the call does not wait in between."""
+    attempts_failed: int = 0
+    sent: Sent | None = None
+    """At a rank now."""
     events: EventStream | None = None
     usage: TokenCount | None = None
     rejected: bool = False
     """The rank found fault with the request itself, and did not run it."""
     first_byte_s: float | None = None
+    journaled: OpenCall | None = None
+    """Its beginning in the usage journal."""
+    trace: CallTrace | None = None
+    traceparent: bytes = b""
+    """Of the attempt under way; empty: the client's goes on untouched."""
+    failure_kind: str = ""
+    """Of the last failed attempt, in one word."""
+    cost_pico_usd: int = 0
+    """At the tariff; known once settled."""
+    settled: bool = False
 
     @property
     def tokens(self) -> int:
         """For load figures."""
-        return self.prompt_guess + min(self.question.max_tokens, self.model.max_model_len)
+        return self.prompt_guess + min(
+            self.question.guessed_completion_tokens, self.model.max_model_len
+        )
+
+    @property
+    def most_prompt_tokens(self) -> int:
+        """Never below what the engine will count: no token of text is shorter than a byte."""
+        body = self.question.body
+        most = self.model.max_model_len
+        size = len(body) + _TEMPLATE_TOKENS
+        if size < most:
+            for mark in _MEDIA:
+                if mark in body:
+                    return most
+            return size
+        return most
+
+    @property
+    def most_completion_tokens(self) -> int:
+        most = self.model.max_model_len
+        limit = self.question.max_tokens
+        return (most if limit is None or limit > most else limit) * self.question.sequences

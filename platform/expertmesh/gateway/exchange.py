@@ -10,8 +10,8 @@ import msgspec
 from expertmesh.core.domain.fleet import Fleet
 from expertmesh.core.domain.traffic import GatewayReport, GroupTraffic
 from expertmesh.errors import UpstreamUnavailable
+from expertmesh.gateway.admission import Admission
 from expertmesh.gateway.fleet_view import FleetView
-from expertmesh.gateway.gate import Gate
 from expertmesh.gateway.limits import GatewayLimits
 
 _log = logging.getLogger(__name__)
@@ -29,10 +29,12 @@ class Exchange:
         mesh_token: str,
         gateway: str,
         view: FleetView,
-        gate: Gate,
+        admission: Admission,
         limits: GatewayLimits,
+        wake: asyncio.Event,
     ) -> None:
-        """`gateway` names this worker, uniquely for each start."""
+        """`gateway` names this worker, uniquely for each start. `wake` is set when something must
+        be told at once."""
         self._http = http
         self._url = controller_url.rstrip("/") + "/v1/exchange"
         self._headers = {
@@ -41,7 +43,8 @@ class Exchange:
         }
         self._gateway = gateway
         self._view = view
-        self._gate = gate
+        self._admission = admission
+        self._wake = wake
         self._timeout = aiohttp.ClientTimeout(total=limits.exchange_timeout_s)
         self._period_s = limits.exchange_period_s
         self._failing = False
@@ -53,7 +56,12 @@ class Exchange:
             await self.once()
             # A slow answer must not delay the next report further; a lost second is not caught up.
             next_s = max(next_s + self._period_s, loop.time())
-            await asyncio.sleep(next_s - loop.time())
+            try:
+                async with asyncio.timeout(next_s - loop.time()):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+            self._wake.clear()
 
     async def once(self) -> None:
         try:
@@ -66,23 +74,28 @@ class Exchange:
         if self._failing:
             _log.info("exchange: the controller answers again")
         self._failing = False
-        if self._view.apply(fleet):
-            self._gate.release_ready()
+        self._view.apply(fleet)
+        self._admission.fleet_changed()
 
     def report(self) -> GatewayReport:
         return GatewayReport(
             gateway=self._gateway,
             sent_at_s=time.time(),
-            models=self._gate.traffic(),
+            models=self._admission.traffic(),
             groups={
                 name: GroupTraffic(
                     in_flight=count.in_flight,
                     tokens_in_flight=count.tokens_in_flight,
                     requests_total=count.requests,
                     errors_total=count.errors,
+                    ttft_s_sum=count.ttft_s_sum,
+                    ttft_count=count.ttft_count,
+                    tpot_s_sum=count.tpot_s_sum,
+                    tpot_count=count.tpot_count,
                 )
-                for name, count in self._view.groups.items()
+                for name, count in self._view.reported().items()
             },
+            fleet_version=self._view.fleet.version if self._view.fleet is not None else 0,
         )
 
     async def _exchange(self) -> Fleet:

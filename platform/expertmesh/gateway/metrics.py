@@ -1,35 +1,160 @@
-"""The gateway's metrics in a registry of their own, given by the caller."""
+"""The gateway's metrics, tallied in this process and exported through a registry."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+import asyncio
+from typing import TYPE_CHECKING, Final
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
 
 from expertmesh.telemetry import metrics as names
-from expertmesh.telemetry.metrics import Metric
+from expertmesh.telemetry.shared_tally import TallyCollector, TallyFolder
+from expertmesh.telemetry.tally import CounterChild, Tally
+
+if TYPE_CHECKING:
+    from expertmesh.gateway.admission import Admission
+    from expertmesh.gateway.fleet_view import FleetView
+    from expertmesh.gateway.relay import Relay
+
+_WRITE_PERIOD_S: Final = 1.0
 
 
 class GatewayMetrics:
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self.registry = registry
-        self.requests = _counter(names.GATEWAY_REQUESTS, registry)
-        self.retries = _counter(names.GATEWAY_RETRIES, registry)
-        self.tokens = _counter(names.GATEWAY_TOKENS, registry)
-        self.revenue_usd = _counter(names.GATEWAY_REVENUE, registry)
-        self.ttft = _histogram(names.GATEWAY_TTFT, registry)
-        self.tpot = _histogram(names.GATEWAY_TPOT, registry)
-        self.duration = _histogram(names.GATEWAY_DURATION, registry)
-        self.queue_wait = _histogram(names.GATEWAY_QUEUE_WAIT, registry)
-        self.queued = _gauge(names.GATEWAY_QUEUED, registry)
-        self.in_flight = _gauge(names.GATEWAY_IN_FLIGHT, registry)
+    """`labels(…)` of each metric finds a child; keep it where requests pass."""
+
+    def __init__(self, registry: CollectorRegistry, folder: TallyFolder | None = None) -> None:
+        """`folder` is shared by the workers behind one port: each then exports the sums of all."""
+        self.registry: Final = registry
+        tally = Tally()
+        self._collector = TallyCollector(tally, folder)
+        self._requests: dict[tuple[str, str, int], CounterChild] = {}
+        self._served: dict[tuple[str, str], ServedMetrics] = {}
+        # Answers
+        self.requests: Final = tally.counter(names.GATEWAY_REQUESTS)
+        self.ttft: Final = tally.histogram(names.GATEWAY_TTFT)
+        self.tpot: Final = tally.histogram(names.GATEWAY_TPOT)
+        self.duration: Final = tally.histogram(names.GATEWAY_DURATION)
+        # Queue
+        self.queue_wait: Final = tally.histogram(names.GATEWAY_QUEUE_WAIT)
+        self.queued: Final = tally.gauge(names.GATEWAY_QUEUED)
+        self.queued_tokens: Final = tally.gauge(names.GATEWAY_QUEUED_TOKENS)
+        self.held_streams: Final = tally.gauge(names.GATEWAY_HELD_STREAMS)
+        self.open_requests: Final = tally.gauge(names.GATEWAY_OPEN)
+        # Refusals
+        self.rejections: Final = tally.counter(names.GATEWAY_REJECTIONS)
+        self.limit_refusals: Final = tally.counter(names.GATEWAY_LIMIT_REFUSALS)
+        self.client_aborts: Final = tally.counter(names.GATEWAY_CLIENT_ABORTS)
+        # Upstream
+        self.in_flight: Final = tally.gauge(names.GATEWAY_IN_FLIGHT)
+        self.retries: Final = tally.counter(names.GATEWAY_RETRIES)
+        self.external_requests: Final = tally.counter(names.GATEWAY_EXTERNAL_REQUESTS)
+        self.ejected_ranks: Final = tally.gauge(names.GATEWAY_EJECTED_RANKS)
+        self.upstream_connections: Final = tally.gauge(names.GATEWAY_UPSTREAM_CONNECTIONS)
+        # Usage
+        self.tokens: Final = tally.counter(names.GATEWAY_TOKENS)
+        self.revenue_usd: Final = tally.counter(names.GATEWAY_REVENUE)
+        self.usage_pending: Final = tally.gauge(names.GATEWAY_USAGE_PENDING).labels()
+        self.usage_given_up: Final = tally.counter(names.GATEWAY_USAGE_GIVEN_UP).labels()
+        self.access_log_dropped: Final = tally.counter(names.GATEWAY_ACCESS_LOG_DROPPED).labels()
+        registry.register(self._collector)
+
+    # Called for requests.
+
+    def answered(self, model: str, endpoint: str, status: int) -> None:
+        key = (model, endpoint, status)
+        child = self._requests.get(key)
+        if child is None:
+            child = self._requests[key] = self.requests.labels(model, endpoint, str(status))
+        child.value += 1
+
+    def refused(self, endpoint: str, status: int) -> None:
+        """Before its model was known."""
+        self.answered("", endpoint, status)
+
+    def served(self, model: str, pool: str) -> "ServedMetrics":
+        """What an answer of the model from the pool adds to."""
+        served = self._served.get((model, pool))
+        if served is None:
+            served = self._served[model, pool] = ServedMetrics(self, model, pool)
+        return served
+
+    def waited(self, model: str, priority: str, wait_s: float) -> None:
+        self.queue_wait.labels(model, priority).observe(wait_s)
+
+    def rejected(self, model: str, reason: str) -> None:
+        """For want of room or capacity."""
+        self.rejections.labels(model, reason).inc()
+
+    def limited(self, model: str, kind: str) -> None:
+        """By a limit of the tenant or the key."""
+        self.limit_refusals.labels(model, kind).inc()
+
+    def retried(self, model: str, reason: str = "") -> None:
+        self.retries.labels(model, reason).inc()
+
+    def aborted(self, model: str) -> None:
+        """The client went away."""
+        self.client_aborts.labels(model).inc()
+
+    def sent_out(self, model: str, pool: str) -> None:
+        """To an external provider."""
+        self.external_requests.labels(model, pool).inc()
+
+    # Called for exposition.
+
+    def show(self, view: "FleetView", admission: "Admission", relay: "Relay") -> None:
+        """Sets the gauges of these now."""
+        self.in_flight.clear()
+        for name, count in view.groups.items():
+            self.in_flight.labels(count.model, name, count.pool).set(count.in_flight)
+        self.queued.clear()
+        self.queued_tokens.clear()
+        for model in view.names:
+            self.queued.labels(model).set(admission.queued(model))
+            self.queued_tokens.labels(model).set(admission.queued_tokens(model))
+        self.open_requests.labels().set(relay.open_calls)
+        self.upstream_connections.labels("idle").set(relay.pool.idle_connections)
+        busy = sum(count.in_flight for count in view.groups.values())
+        self.upstream_connections.labels("busy").set(busy)
+
+    def watch(self, view: "FleetView", admission: "Admission", relay: "Relay") -> None:
+        """From now on, `show` these whenever values are read or written for the other workers."""
+        self._collector.refresh = lambda: self.show(view, admission, relay)
+
+    async def run(self) -> None:
+        """Keeps the other workers behind the port informed."""
+        while True:
+            self._collector.write()
+            await asyncio.sleep(_WRITE_PERIOD_S)
+
+    def close(self) -> None:
+        """Leaves the last counts to the other workers."""
+        self._collector.close()
+
+    def exposition(self, accept: bytes) -> tuple[bytes, bytes]:
+        """Content type and text: OpenMetrics, with examples, for a client that accepts it."""
+        encode, content_type = choose_encoder(accept.decode("latin-1"))
+        return content_type.encode(), encode(self.registry)
 
 
-def _counter(metric: Metric, registry: CollectorRegistry) -> Counter:
-    return Counter(metric.name, metric.help, metric.labels, registry=registry)
+class ServedMetrics:
+    """The children for one model on one pool."""
 
-
-def _gauge(metric: Metric, registry: CollectorRegistry) -> Gauge:
-    return Gauge(metric.name, metric.help, metric.labels, registry=registry)
-
-
-def _histogram(metric: Metric, registry: CollectorRegistry) -> Histogram:
-    return Histogram(
-        metric.name, metric.help, metric.labels, registry=registry, buckets=metric.buckets
+    __slots__ = (
+        "cached_tokens",
+        "completion_tokens",
+        "duration",
+        "prompt_tokens",
+        "revenue_usd",
+        "tpot",
+        "ttft",
     )
+
+    def __init__(self, metrics: GatewayMetrics, model: str, pool: str) -> None:
+        self.duration = metrics.duration.labels(model, pool)
+        self.ttft = metrics.ttft.labels(model, pool)
+        self.tpot = metrics.tpot.labels(model, pool)
+        self.prompt_tokens = metrics.tokens.labels(model, pool, "in")
+        """Without those from the cache."""
+        self.cached_tokens = metrics.tokens.labels(model, pool, "cached")
+        self.completion_tokens = metrics.tokens.labels(model, pool, "out")
+        self.revenue_usd = metrics.revenue_usd.labels(model, pool)

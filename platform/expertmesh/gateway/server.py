@@ -1,60 +1,65 @@
-"""The uvicorn server of the gateway: one listening socket, no global signal handling of its own."""
+"""The gateway's listening socket and its open connections."""
 
-import contextlib
-from collections.abc import Iterator
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Final
 
-import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from expertmesh.gateway.client_connection import ClientConnection, Handler
+from expertmesh.gateway.limits import GatewayLimits
 
-from expertmesh.gateway.app import Gateway
-
-_KEEP_ALIVE_S = 75
-"""Longer than clients keep idle connections, so that none is used while it closes."""
-_MOST_HEADER_BYTES = 64 * 1024
-BACKLOG = 4096
+BACKLOG: Final = 4096
 
 
-class _HeaderLimitError(Exception):
-    """The parser turns it into an answer with status 400 and closes the connection."""
+class GatewayServer:
+    def __init__(self, handler: Handler, limits: GatewayLimits, now_s: Callable[[], float]) -> None:
+        """`now_s` is a monotonic clock."""
+        self._handler: Final = handler
+        self._limits = limits
+        self._now_s: Final = now_s
+        self._connections: set[ClientConnection] = set()
+        self._servers: list[asyncio.Server] = []
 
+    @property
+    def connections(self) -> int:
+        return len(self._connections)
 
-class _BoundedHeaders(HttpToolsProtocol):
-    """httptools collects header fields without end; the application only sees them when whole."""
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._header_bytes = 0
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self._header_bytes += len(name) + len(value)
-        if self._header_bytes > _MOST_HEADER_BYTES:
-            raise _HeaderLimitError
-        super().on_header(name, value)
-
-
-class GatewayServer(uvicorn.Server):
-    """Set `should_exit` to drain it."""
-
-    def __init__(self, app: Gateway, drain_timeout_s: float) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app,
-                loop="none",
-                http=_BoundedHeaders,
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                access_log=False,
-                log_config=None,
-                proxy_headers=False,
-                server_header=False,
-                backlog=BACKLOG,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=drain_timeout_s,  # type: ignore[arg-type]
-            )
+    async def start(self, listener: socket.socket) -> None:
+        """Accept connections; the socket is closed with the server."""
+        loop = asyncio.get_running_loop()
+        self._servers.append(
+            await loop.create_server(self._connection, sock=listener, backlog=BACKLOG)
         )
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """The caller decides when to stop: signals raised again would skip writing the ledger."""
-        yield
+    def use(self, limits: GatewayLimits) -> None:
+        self._limits = limits
+        for connection in self._connections:
+            connection.use(limits)
+
+    def sweep(self, now_s: float) -> None:
+        for connection in list(self._connections):
+            connection.check(now_s)
+
+    async def drain(self, timeout_s: float, open_calls: Callable[[], int]) -> bool:
+        """Refuse new connections and wait until the last request is answered. False when the time
+        was over before."""
+        for server in self._servers:
+            server.close()
+        deadline_s = self._now_s() + timeout_s
+        while True:
+            for connection in list(self._connections):
+                connection.drain()
+            if not open_calls() and not self._connections:
+                return True
+            if self._now_s() >= deadline_s:
+                return False
+            await asyncio.sleep(0.02)
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        for connection in list(self._connections):
+            connection.close()
+
+    def _connection(self) -> ClientConnection:
+        return ClientConnection(self._handler, self._connections, self._limits, self._now_s)

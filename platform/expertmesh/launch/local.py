@@ -65,6 +65,17 @@ class LocalSystem:
         listener = self.system.platform.controller
         return f"http://{listener.host}:{listener.port}"
 
+    @property
+    def gateway_arguments(self) -> tuple[str, ...]:
+        gateway = self.system.platform.gateway
+        return (
+            *("--controller-url", self.controller_url),
+            *("--host", gateway.host, "--port", str(gateway.port)),
+            *("--config", str(self.system.platform_file.absolute())),
+            *("--state-dir", str(self.state.gateway)),
+            *("--workers", str(gateway.workers)),
+        )
+
     async def __aenter__(self) -> Self:
         self.state.create()
         self._lock = self.state.lock()
@@ -145,12 +156,7 @@ class LocalSystem:
             *("--dashboard-url", nodes.dashboard_url),
             *("--serve-host", "127.0.0.1"),
         )
-        gateway = self.system.platform.gateway
-        self._start_service(
-            "gateway",
-            *("--controller-url", self.controller_url),
-            *("--host", gateway.host, "--port", str(gateway.port)),
-        )
+        self._start_service("gateway", *self.gateway_arguments)
         async with aiohttp.ClientSession() as http:
             await self._until_healthy(http, "controller", self.controller_url)
             await self._until_healthy(http, "gateway", self.gateway_url)

@@ -23,6 +23,11 @@ class StateDir:
         return self.path / "logs"
 
     @property
+    def gateway(self) -> Path:
+        """The gateway's own folder."""
+        return self.path / "gateway"
+
+    @property
     def store_url(self) -> str:
         return f"sqlite+aiosqlite:///{self.path / 'store.db'}"
 
@@ -41,7 +46,8 @@ class StateDir:
 
     def create(self) -> None:
         try:
-            self.logs.mkdir(parents=True, exist_ok=True)
+            for folder in (self.logs, self.gateway):
+                folder.mkdir(parents=True, exist_ok=True)
             for file in (self.mesh_token_file, self.ray_token_file):
                 if not file.exists():
                     file.touch(mode=0o600)

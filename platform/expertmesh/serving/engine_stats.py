@@ -1,6 +1,10 @@
-"""Read the engine's own load figures from vLLM's Prometheus registry, inside the rank's process."""
+"""What the engine of this rank does and what it holds, read inside the rank's process.
+
+The load comes from vLLM's Prometheus registry, the capacity from its configuration.
+"""
 
 from dataclasses import dataclass
+from typing import Any
 
 from vllm.v1.metrics.reader import Gauge, get_metrics_snapshot
 
@@ -10,6 +14,33 @@ class EngineLoad:
     running: int
     waiting: int
     kv_usage: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapacity:
+    """Of one rank; 0 where the engine does not say."""
+
+    kv_tokens: int = 0
+    max_running: int = 0
+
+
+def read_capacity(engine: Any) -> EngineCapacity:
+    """`engine`: Ray's wrapper of vLLM's AsyncLLM. Never raises: its inner names may change.
+
+    vLLM completes its configuration with what the engine's process found while it started.
+    """
+    config = getattr(getattr(engine, "_engine_client", None), "vllm_config", None)
+    cache = getattr(config, "cache_config", None)
+    blocks = _count(getattr(cache, "num_gpu_blocks", None))
+    block_tokens = _count(getattr(cache, "block_size", None))
+    # vLLM's own figure knows of layers with a sliding window and of caches split over workers.
+    kv_tokens = _count(getattr(cache, "kv_cache_size_tokens", None)) or blocks * block_tokens
+    scheduler = getattr(config, "scheduler_config", None)
+    return EngineCapacity(kv_tokens, max_running=_count(getattr(scheduler, "max_num_seqs", None)))
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def read_load() -> EngineLoad:

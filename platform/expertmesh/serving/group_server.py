@@ -65,6 +65,7 @@ class GroupServer(DPServer):
             raise HTTPException(503, f"the engine of this rank has failed: {error}") from error
         self._refresh_expert_load()
         load = engine_stats.read_load()
+        capacity = engine_stats.read_capacity(self.engine)
         return RankInfo(
             group=self._group,
             model=self._llm_config.model_id,
@@ -73,6 +74,8 @@ class GroupServer(DPServer):
             running=load.running,
             waiting=load.waiting,
             kv_usage=load.kv_usage,
+            kv_tokens=capacity.kv_tokens,
+            max_running=capacity.max_running,
             expert_tokens=_by_expert(self._expert_load),
         )
 

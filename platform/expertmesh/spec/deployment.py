@@ -1,17 +1,21 @@
 """The manifest of one model deployment."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from expertmesh.core.domain.deployment import ModelDeployment, ScalingRules, Tariff
-from expertmesh.core.domain.fleet import Parallelism
+from expertmesh.core.domain.fleet import ExternalRoute, ExternalUse, Parallelism
 from expertmesh.core.domain.moe import MoeShape
 from expertmesh.core.domain.slo import Slo
 from expertmesh.spec.manifest import ManifestModel
-from expertmesh.spec.platform import Name
+from expertmesh.spec.platform import Name, PoolManifest
 
+Alias = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._:/@-]*[A-Za-z0-9])?$", max_length=120)
+]
 Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -80,6 +84,49 @@ class TariffManifest(ManifestModel):
     usd_per_mtok_out: Usd = 0.0
 
 
+class ExternalTariff(ManifestModel):
+    """What the provider takes."""
+
+    usd_per_mtok_in: Usd
+    usd_per_mtok_cached: Usd
+    """As `usd_per_mtok_in` where the provider has no price of its own for cached tokens."""
+    usd_per_mtok_out: Usd
+
+
+class ExternalManifest(ManifestModel):
+    pool: Name
+    """A pool with `market: external`."""
+    model: Annotated[str, Field(min_length=1, max_length=200)]
+    """The provider's name for the model."""
+    when: ExternalUse = ExternalUse.FALLBACK
+    overflow_wait_s: Annotated[Seconds | None, Field(validate_default=True)] = None
+    """Expected wait for a group from which requests go to the provider."""
+    tariff: ExternalTariff
+
+    @field_validator("overflow_wait_s")
+    @classmethod
+    def _for_overflow(cls, wait_s: float | None, info: ValidationInfo) -> float | None:
+        if wait_s is not None and info.data.get("when") is ExternalUse.FALLBACK:
+            raise ValueError("is for when: overflow; write that, or remove this key")
+        return wait_s
+
+    def to_core(self, pool: PoolManifest) -> ExternalRoute:
+        assert pool.base_url and pool.key_variable, f"pool {pool.name} is not external"
+        route = ExternalRoute(
+            pool=self.pool,
+            base_url=pool.base_url,
+            model=self.model,
+            key_variable=pool.key_variable,
+            usd_per_mtok_in=self.tariff.usd_per_mtok_in,
+            usd_per_mtok_cached=self.tariff.usd_per_mtok_cached,
+            usd_per_mtok_out=self.tariff.usd_per_mtok_out,
+            use=self.when,
+        )
+        if self.overflow_wait_s is None:
+            return route
+        return replace(route, overflow_wait_s=self.overflow_wait_s)
+
+
 class DeploymentManifest(ManifestModel):
     kind: Literal["ModelDeployment"]
     name: Name
@@ -90,6 +137,10 @@ class DeploymentManifest(ManifestModel):
     engine: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Passed to vLLM as engine arguments."""
     tariff: TariffManifest = TariffManifest()
+    aliases: tuple[Alias, ...] = ()
+    """Other names that clients may use for the model."""
+    external: tuple[ExternalManifest, ...] = ()
+    """Providers that may serve it too, in the order in which they are asked."""
 
     @model_validator(mode="after")
     def _pools_once(self) -> "DeploymentManifest":
@@ -104,7 +155,9 @@ class DeploymentManifest(ManifestModel):
             return (folder / source).resolve()
         return Path(source) if source.startswith("/") else None
 
-    def to_core(self, folder: Path, shape: MoeShape | None) -> ModelDeployment:
+    def to_core(
+        self, folder: Path, shape: MoeShape | None, external: tuple[ExternalRoute, ...] = ()
+    ) -> ModelDeployment:
         local = self.local_source(folder)
         scaling = self.scaling
         return ModelDeployment(
@@ -136,4 +189,6 @@ class DeploymentManifest(ManifestModel):
                 usd_per_mtok_out=self.tariff.usd_per_mtok_out,
             ),
             engine=dict(self.engine),
+            aliases=self.aliases,
+            external=external,
         )

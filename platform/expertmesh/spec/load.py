@@ -1,5 +1,6 @@
 """Load manifests from YAML and check them against one another, before anything starts."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ import yaml
 from pydantic import ValidationError
 
 from expertmesh.core.domain.deployment import ModelDeployment
+from expertmesh.core.domain.fleet import ExternalRoute
 from expertmesh.core.domain.hardware import Pool
 from expertmesh.errors import ManifestError
 from expertmesh.spec.deployment import DeploymentManifest
 from expertmesh.spec.manifest import explain, refuse
 from expertmesh.spec.model_config import read_moe_shape
-from expertmesh.spec.platform import PlatformManifest
+from expertmesh.spec.platform import PlatformManifest, PoolManifest
 
 _KINDS: dict[str, type[DeploymentManifest] | type[PlatformManifest]] = {
     "ModelDeployment": DeploymentManifest,
@@ -26,7 +28,9 @@ class System:
     """One platform and the model deployments it serves, checked together."""
 
     platform: PlatformManifest
+    platform_file: Path
     pools: tuple[Pool, ...]
+    """Those with nodes; an external pool is only in the routes of the models that may use it."""
     models: tuple[ModelDeployment, ...]
 
 
@@ -57,26 +61,53 @@ def load_system(files: list[Path]) -> System:
             f"{platforms[0][0]}: kind: no ModelDeployment manifest was given; "
             "add one with -f, for example deployments/tiny-moe.yaml"
         )
-    platform = platforms[0][1]
-    pools = tuple(pool.to_core() for pool in platform.pools)
-    seen: dict[str, Path] = {}
+    platform_file, platform = platforms[0]
+    problems += _name_clashes(deployments)
     models: list[ModelDeployment] = []
     for file, deployment in deployments:
         try:
-            if deployment.name in seen:
-                raise refuse(
-                    str(file),
-                    "name",
-                    deployment.name,
-                    f"is also the name of a model in {seen[deployment.name]}; rename one",
-                )
-            seen[deployment.name] = file
-            models.append(_check_deployment(file, deployment, pools))
+            models.append(_check_deployment(file, deployment, platform.pools))
         except ManifestError as error:
             problems.append(str(error))
     if problems:
         raise ManifestError("\n".join(problems))
-    return System(platform=platform, pools=pools, models=tuple(models))
+    return System(
+        platform=platform,
+        platform_file=platform_file,
+        pools=tuple(pool.to_core() for pool in platform.pools if not pool.is_external),
+        models=tuple(models),
+    )
+
+
+def load_platform(file: Path) -> PlatformManifest:
+    """The one Platform manifest of the file, which may hold others. Raises ManifestError."""
+    found = [m for m in read_manifests(file) if isinstance(m, PlatformManifest)]
+    if len(found) != 1:
+        raise ManifestError(
+            f"{file}: kind: expected exactly one Platform manifest, found {len(found)}; "
+            "name the platform file, for example deployments/local.yaml"
+        )
+    return found[0]
+
+
+def _name_clashes(deployments: list[tuple[Path, DeploymentManifest]]) -> list[str]:
+    """A client's word for a model must mean one model."""
+    problems: list[str] = []
+    taken: dict[str, str] = {}
+
+    def take(file: Path, field: str, name: str, what: str) -> None:
+        if name in taken:
+            remedy = f"is also the {taken[name]}; rename one"
+            problems.append(str(refuse(str(file), field, name, remedy)))
+        else:
+            taken[name] = f"{what} in {file}"
+
+    for file, deployment in deployments:
+        take(file, "name", deployment.name, "name of a model")
+    for file, deployment in deployments:
+        for index, alias in enumerate(deployment.aliases):
+            take(file, f"aliases.{index}", alias, "alias of a model")
+    return problems
 
 
 def read_manifests(file: Path) -> list[DeploymentManifest | PlatformManifest]:
@@ -111,18 +142,27 @@ def _validate(file: str, document: Any) -> DeploymentManifest | PlatformManifest
 
 
 def _check_deployment(
-    file: Path, deployment: DeploymentManifest, pools: tuple[Pool, ...]
+    file: Path, deployment: DeploymentManifest, pools: tuple[PoolManifest, ...]
 ) -> ModelDeployment:
     name = str(file)
-    known = {pool.name: pool for pool in pools}
+    known = {pool.name: pool.to_core() for pool in pools if not pool.is_external}
+    providers = {pool.name: pool for pool in pools if pool.is_external}
     for index, pool_name in enumerate(deployment.pools):
+        if pool_name in providers:
+            raise refuse(
+                name,
+                f"pools.{index}",
+                pool_name,
+                "is an external pool, which holds no groups; put it under external",
+            )
         if pool_name not in known:
             raise refuse(
                 name,
                 f"pools.{index}",
                 pool_name,
-                f"no such pool; the platform has {', '.join(known)}",
+                f"no such pool; the platform has {', '.join(known) or 'none with nodes'}",
             )
+    routes = _external_routes(name, deployment, providers, known)
     local = deployment.local_source(file.parent)
     shape = None
     if local is not None:
@@ -157,4 +197,28 @@ def _check_deployment(
                 f"holds at most {room} workers, a group needs {workers}; "
                 "raise the pool's nodes.max or lower parallelism.expert",
             )
-    return deployment.to_core(file.parent, shape)
+    return deployment.to_core(file.parent, shape, routes)
+
+
+def _external_routes(
+    file: str,
+    deployment: DeploymentManifest,
+    providers: dict[str, PoolManifest],
+    others: Collection[str],
+) -> tuple[ExternalRoute, ...]:
+    routes: list[ExternalRoute] = []
+    for index, external in enumerate(deployment.external):
+        field = f"external.{index}.pool"
+        provider = providers.get(external.pool)
+        if provider is None:
+            remedy = (
+                f"no such pool; the platform's external pools: {', '.join(providers) or 'none'}"
+            )
+            if external.pool in others:
+                remedy = "is no external pool; put it under pools"
+            raise refuse(file, field, external.pool, remedy)
+        if any((known.pool, known.model) == (external.pool, external.model) for known in routes):
+            remedy = f"is named twice for the model {external.model}; name it once"
+            raise refuse(file, field, external.pool, remedy)
+        routes.append(external.to_core(provider))
+    return tuple(routes)

@@ -33,8 +33,19 @@ def _explain_one(file: str, model: type[BaseModel], problem: dict[str, Any]) -> 
         return f"{file}: {field}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{file}: {field}: missing; add it"
+    if _may_be_a_secret(path, value):
+        value = "…"
     shown = value if isinstance(value, str | int | float | bool | None) else type(value).__name__
-    return f"{file}: {field}: {shown!r}: {problem['msg']}"
+    return f"{file}: {field}: {shown!r}: {problem['msg'].removeprefix('Value error, ')}"
+
+
+def _may_be_a_secret(path: tuple[int | str, ...], value: object) -> bool:
+    """A key written where its variable's name belongs, or a password in a URL."""
+    name = str(path[-1]) if path else ""
+    return isinstance(value, str) and (
+        (name.endswith("_variable") and not value.isidentifier())
+        or (name.endswith("_url") and "@" in value)
+    )
 
 
 def _known_keys(model: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:

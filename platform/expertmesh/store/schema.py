@@ -5,6 +5,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Dialect,
     Double,
@@ -15,6 +16,7 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    false,
 )
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -44,6 +46,31 @@ _Serial = BigInteger().with_variant(Integer, "sqlite")
 
 metadata = MetaData()
 
+
+def _limits() -> tuple[Column[Any], ...]:
+    """NULL means without limit."""
+    return (
+        Column("requests_per_min", BigInteger),
+        Column("tokens_per_min", BigInteger),
+        Column("concurrent_requests", BigInteger),
+        Column("usd_per_day", ExactNumeric),
+        Column("usd_per_month", ExactNumeric),
+    )
+
+
+tenants = Table(
+    "tenants",
+    metadata,
+    Column("name", String, primary_key=True),
+    Column("priority", String, nullable=False),
+    Column("weight", Double, nullable=False),
+    *_limits(),
+    Column("created_at_s", Double, nullable=False),
+    Column("disabled_at_s", Double),
+    Column("version", BigInteger, nullable=False),
+    Index("ix_tenants_version", "version"),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,
@@ -55,6 +82,20 @@ api_keys = Table(
     Column("created_at_s", Double, nullable=False),
     Column("expires_at_s", Double),
     Column("revoked_at_s", Double),
+    Column("models_json", Text),
+    Column("admin", Boolean, nullable=False, server_default=false()),
+    *_limits(),
+    Column("version", BigInteger, nullable=False, server_default="0"),
+    Index("ix_api_keys_tenant", "tenant"),
+    Index("ix_api_keys_version", "version"),
+)
+
+# One row: grows by every change of a tenant or key, which carries the new number. Gateways watch
+# it and read only what is newer, so a change made by hand must count it up too.
+identity_version = Table(
+    "identity_version",
+    metadata,
+    Column("version", BigInteger, nullable=False),
 )
 
 usage_records = Table(

@@ -12,6 +12,8 @@ class Metric:
     help: str
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
+    merge: Literal["sum", "max"] = "sum"
+    """How the gauges of several workers behind one port make one."""
 
 
 LATENCY_BUCKETS_S = (
@@ -60,18 +62,70 @@ GATEWAY_DURATION = Metric(
 GATEWAY_QUEUE_WAIT = Metric(
     "em_gateway_queue_wait_seconds",
     "histogram",
-    "Time a request waited for a ready group",
-    ("model",),
+    "Time a request waited for a ready group or its turn",
+    ("model", "priority"),
     LATENCY_BUCKETS_S,
 )
 GATEWAY_QUEUED = Metric(
     "em_gateway_queued_requests", "gauge", "Requests waiting for a group", ("model",)
 )
+GATEWAY_QUEUED_TOKENS = Metric(
+    "em_gateway_queued_tokens",
+    "gauge",
+    "Prompt and maximum completion tokens of the waiting requests, estimated",
+    ("model",),
+)
+GATEWAY_HELD_STREAMS = Metric(
+    "em_gateway_held_streams",
+    "gauge",
+    "Waiting requests whose stream has begun, with comments only",
+    ("model",),
+)
+GATEWAY_OPEN = Metric(
+    "em_gateway_open_requests", "gauge", "Requests accepted and not yet answered to their end"
+)
 GATEWAY_IN_FLIGHT = Metric(
     "em_gateway_in_flight_requests", "gauge", "Requests at a group now", ("model", "group", "pool")
 )
 GATEWAY_RETRIES = Metric(
-    "em_gateway_retries_total", "counter", "Requests sent again to another group", ("model",)
+    "em_gateway_retries_total",
+    "counter",
+    "Requests sent again to another group, by what the first one did",
+    ("model", "reason"),
+)
+GATEWAY_REJECTIONS = Metric(
+    "em_gateway_rejections_total",
+    "counter",
+    "Requests refused for want of room or capacity",
+    ("model", "reason"),
+)
+GATEWAY_LIMIT_REFUSALS = Metric(
+    "em_gateway_limit_refusals_total",
+    "counter",
+    "Requests refused by a limit of their tenant or key, by the kind of limit",
+    ("model", "kind"),
+)
+GATEWAY_CLIENT_ABORTS = Metric(
+    "em_gateway_client_aborts_total",
+    "counter",
+    "Requests whose client went away before the end",
+    ("model",),
+)
+GATEWAY_EXTERNAL_REQUESTS = Metric(
+    "em_gateway_external_requests_total",
+    "counter",
+    "Requests sent to an external provider",
+    ("model", "pool"),
+)
+GATEWAY_EJECTED_RANKS = Metric(
+    "em_gateway_ejected_ranks",
+    "gauge",
+    "Ranks that get no requests because they failed, as the worker with most of them sees it",
+    ("model",),
+    merge="max",
+)
+GATEWAY_UPSTREAM_CONNECTIONS = Metric(
+    "em_gateway_upstream_connections", "gauge", "Connections to ranks: idle, busy", ("state",)
 )
 GATEWAY_TOKENS = Metric(
     "em_gateway_tokens_total",
@@ -81,6 +135,19 @@ GATEWAY_TOKENS = Metric(
 )
 GATEWAY_REVENUE = Metric(
     "em_gateway_tariff_usd_total", "counter", "Tariff price of the usage served", ("model", "pool")
+)
+GATEWAY_USAGE_PENDING = Metric(
+    "em_gateway_usage_pending_records", "gauge", "Usage records that wait for the ledger"
+)
+GATEWAY_USAGE_GIVEN_UP = Metric(
+    "em_gateway_usage_given_up_total",
+    "counter",
+    "Usage records that went to the log because the ledger could not take them",
+)
+GATEWAY_ACCESS_LOG_DROPPED = Metric(
+    "em_gateway_access_log_dropped_total",
+    "counter",
+    "Lines of the access log dropped because its reader was too slow or gone",
 )
 
 # Controller

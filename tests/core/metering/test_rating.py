@@ -7,7 +7,15 @@ from hypothesis import strategies as st
 
 from expertmesh.core.domain.deployment import Tariff
 from expertmesh.core.domain.fleet import ServedModel
-from expertmesh.core.metering.rating import exact_usd, price, total_usd
+from expertmesh.core.metering.rating import (
+    PICO_USD_PER_USD,
+    exact_usd,
+    pico_usd_per_token,
+    price,
+    price_pico_usd,
+    total_usd,
+    usd_text,
+)
 
 usd_per_mtok = st.floats(min_value=0, max_value=1e6)
 tokens = st.integers(min_value=0, max_value=10**12)
@@ -74,3 +82,91 @@ def test_impossible_counts_are_refused(counts: tuple[int, int, int]) -> None:
 def test_a_price_that_is_no_number_is_refused(usd: float) -> None:
     with pytest.raises(ValueError, match="finite"):
         price(Tariff(usd, 0, 0), 1, 0, 0)
+
+
+six_decimals = st.integers(min_value=0, max_value=10**12).map(lambda millionths: millionths / 1e6)
+
+
+def pico_usd(usd_in: float, usd_cached: float, usd_out: float, *counts: int) -> int:
+    tariff = (usd_in, usd_cached, usd_out)
+    return price_pico_usd(*(pico_usd_per_token(usd) for usd in tariff), *counts)
+
+
+@pytest.mark.parametrize(
+    ("usd_per_mtok", "expected"),
+    [
+        (0.0, 0),
+        (0.2, 200_000),
+        (0.1 + 0.2, 300_001),  # 0.30000000000000004 as it reads
+        (0.3, 300_000),
+        (0.000001, 1),
+        (0.0000001, 1),
+        (1e-300, 1),
+        (1.2345674, 1_234_568),
+        (123_456_789.123456, 123_456_789_123_456),
+        (1e22, 10**28),
+    ],
+)
+def test_a_tokens_price_is_rounded_up_to_a_pico_dollar(usd_per_mtok: float, expected: int) -> None:
+    assert pico_usd_per_token(usd_per_mtok) == expected
+
+
+@given(six_decimals, six_decimals, six_decimals, tokens, tokens, tokens)
+def test_prices_of_six_decimals_are_exact(
+    usd_in: float, usd_cached: float, usd_out: float, plain: int, cached: int, completion: int
+) -> None:
+    counts = (plain + cached, cached, completion)
+    exact = price(Tariff(usd_in, usd_cached, usd_out), *counts)
+    pico = pico_usd(usd_in, usd_cached, usd_out, *counts)
+    assert Fraction(pico, PICO_USD_PER_USD) == Fraction(exact)
+
+
+@given(usd_per_mtok, usd_per_mtok, usd_per_mtok, tokens, tokens, tokens)
+def test_a_limit_never_sees_less_than_the_ledger_and_hardly_more(
+    usd_in: float, usd_cached: float, usd_out: float, plain: int, cached: int, completion: int
+) -> None:
+    counts = (plain + cached, cached, completion)
+    exact = Fraction(price(Tariff(usd_in, usd_cached, usd_out), *counts)) * PICO_USD_PER_USD
+    pico = pico_usd(usd_in, usd_cached, usd_out, *counts)
+    assert exact <= pico <= exact + plain + cached + completion
+
+
+@given(usd_per_mtok)
+def test_the_callers_decimal_settings_do_not_matter_for_pico_dollars(usd: float) -> None:
+    expected = pico_usd_per_token(usd)
+    with localcontext(prec=2):
+        assert pico_usd_per_token(usd) == expected
+
+
+@pytest.mark.parametrize("usd", [float("nan"), float("inf")])
+def test_a_price_that_is_no_number_has_no_pico_dollars(usd: float) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        pico_usd_per_token(usd)
+
+
+@pytest.mark.parametrize(
+    ("pico", "expected"),
+    [
+        (0, b"0"),
+        (1, b"0.000000000001"),
+        (245_300_000, b"0.0002453"),
+        (10**12, b"1"),
+        (12 * 10**12 + 5 * 10**11, b"12.5"),
+        (100 * 10**12, b"100"),
+        (10**30 + 1, b"1" + b"0" * 18 + b".000000000001"),
+    ],
+)
+def test_an_amount_reads_as_a_person_would_write_it(pico: int, expected: bytes) -> None:
+    assert usd_text(pico) == expected
+
+
+@given(st.integers(min_value=0))
+def test_an_amount_as_text_keeps_every_digit(pico: int) -> None:
+    text = usd_text(pico).decode()
+    assert Fraction(text) == Fraction(pico, PICO_USD_PER_USD)
+    assert set(text) <= set("0123456789.") and not (("." in text) and text.endswith(("0", ".")))
+
+
+def test_a_negative_amount_has_no_text() -> None:
+    with pytest.raises(ValueError, match="negative"):
+        usd_text(-1)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from expertmesh.core.domain.fleet import Parallelism
+from expertmesh.core.domain.fleet import ExternalRoute, Parallelism
 from expertmesh.core.domain.moe import MoeShape
 from expertmesh.core.domain.slo import Slo
 
@@ -47,3 +47,7 @@ class ModelDeployment:
     max_wait_s: float
     tariff: Tariff
     engine: dict[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    """Other names that clients may use."""
+    external: tuple[ExternalRoute, ...] = ()
+    """Providers that may serve it, in the order in which they are asked."""

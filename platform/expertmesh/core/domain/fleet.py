@@ -73,6 +73,35 @@ class Group:
     """Why the group is in this state, for a person, e.g. `pending: no room in pool X`."""
 
 
+class ExternalUse(StrEnum):
+    """When a model's requests may go to an external provider."""
+
+    FALLBACK = "fallback"
+    """Only when no group is ready."""
+    OVERFLOW = "overflow"
+    """Also when the wait for a group is long."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalRoute:
+    """An OpenAI-compatible provider that may serve a model, priced per token."""
+
+    pool: str
+    """A pool of market `external`."""
+    base_url: str
+    """`https://host/…`; append `/v1/...`."""
+    model: str
+    """Name of the model there."""
+    key_variable: str
+    """Environment variable of the gateway that holds the provider's key."""
+    usd_per_mtok_in: float
+    usd_per_mtok_cached: float
+    usd_per_mtok_out: float
+    use: ExternalUse = ExternalUse.FALLBACK
+    overflow_wait_s: float = 10.0
+    """With `overflow`: expected wait from which requests go there."""
+
+
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """A model deployment as the gateway needs to know it, whether or not a group of it runs."""
@@ -83,6 +112,26 @@ class ServedModel:
     usd_per_mtok_cached: float
     usd_per_mtok_out: float
     max_wait_s: float
+    aliases: tuple[str, ...] = ()
+    """Other names that clients may use for it."""
+    external: tuple[ExternalRoute, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupLoad:
+    """What a group does, over all gateways; sums over its ranks."""
+
+    in_flight: int = 0
+    """Requests that gateways have sent and not yet had answered, by their last reports."""
+    running: int = 0
+    waiting: int = 0
+    """Queued inside the engines."""
+    kv_usage: float = 0.0
+    """Share of the KV cache in use, 0 to 1."""
+    kv_tokens: int = 0
+    """Tokens that fit into the KV cache; 0 when unknown."""
+    max_running: int = 0
+    """Sequences that the engines batch at most; 0 when unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +142,8 @@ class Fleet:
     """Grows with every change; a gateway may skip work when it is unchanged."""
     models: tuple[ServedModel, ...] = ()
     groups: tuple[Group, ...] = ()
+    loads: dict[str, GroupLoad] = field(default_factory=dict)
+    """By group; they change all the time and do not count for the version."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,5 +160,9 @@ class RankInfo:
     """Requests queued inside the engine."""
     kv_usage: float
     """Share of the KV cache in use, 0 to 1."""
+    kv_tokens: int = 0
+    """Tokens that fit into the KV cache; 0 when unknown."""
+    max_running: int = 0
+    """Sequences that the engine batches at most; 0 when unknown."""
     expert_tokens: dict[str, int] = field(default_factory=dict)
     """Global expert id to tokens routed to it since the start, over all layers; own share only."""

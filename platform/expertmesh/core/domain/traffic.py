@@ -22,6 +22,12 @@ class GroupTraffic:
     requests_total: int = 0
     errors_total: int = 0
     """Refused connections, resets, stalls and 5xx answers since the worker started."""
+    ttft_s_sum: float = 0.0
+    """Times to first token, summed since the worker started, over `ttft_count` answers."""
+    ttft_count: int = 0
+    tpot_s_sum: float = 0.0
+    """Times per further token, one a request, over `tpot_count` answers."""
+    tpot_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,5 +35,7 @@ class GatewayReport:
     gateway: str
     """Unique per worker process and start: `<host>-<pid>-<start time>`."""
     sent_at_s: float
+    fleet_version: int = 0
+    """Of the fleet that the worker had when it sent this; 0: none, or it does not say."""
     models: dict[str, ModelTraffic] = field(default_factory=dict)
     groups: dict[str, GroupTraffic] = field(default_factory=dict)

@@ -1,12 +1,19 @@
-"""Usage times tariff: exact money, without a rounding step anywhere."""
+"""Usage times tariff: exact money for the ledger, and whole pico-dollars where time is short."""
 
 from collections.abc import Iterable
-from decimal import Context, Decimal, Inexact, InvalidOperation
+from decimal import ROUND_CEILING, Context, Decimal, Inexact, InvalidOperation
+from functools import lru_cache
 from typing import Protocol
 
 # Wide enough for any sum of products of token counts and finite floats; what would not fit raises.
 _EXACT = Context(prec=4000, traps=[Inexact, InvalidOperation])
 _MILLION_EXPONENT = -6
+
+PICO_USD_PER_USD = 1_000_000_000_000
+_PICO_USD_PER_TOKEN = 1_000_000.0
+"""For one dollar a million tokens."""
+_MOST_QUICK_USD = 1e8
+"""Below it, six decimals are at most 14 digits, which a float holds without doubt."""
 
 
 class Priced(Protocol):
@@ -20,6 +27,7 @@ class Priced(Protocol):
     def usd_per_mtok_out(self) -> float: ...
 
 
+@lru_cache(maxsize=4096)
 def exact_usd(amount: float) -> Decimal:
     """The amount as a person wrote it: the float 0.1 means 0.1, not its binary neighbour."""
     usd = Decimal(repr(float(amount)))
@@ -45,6 +53,43 @@ def price(
         )
     )
     return _EXACT.scaleb(per_million, _MILLION_EXPONENT)
+
+
+def pico_usd_per_token(usd_per_mtok: float) -> int:
+    """Rounded up; exact for prices of up to six decimals, so that limits and ledger agree."""
+    if 0.0 <= usd_per_mtok < _MOST_QUICK_USD:
+        pico_usd = round(usd_per_mtok * _PICO_USD_PER_TOKEN)
+        # The nearest float to a decimal is that decimal as a person wrote it.
+        if pico_usd / _PICO_USD_PER_TOKEN == usd_per_mtok:
+            return pico_usd
+    exact = _EXACT.scaleb(exact_usd(usd_per_mtok), 6)
+    return int(exact.to_integral_value(rounding=ROUND_CEILING))
+
+
+def price_pico_usd(
+    pico_usd_in: int,
+    pico_usd_cached: int,
+    pico_usd_out: int,
+    prompt_tokens: int,
+    cached_tokens: int,
+    completion_tokens: int,
+) -> int:
+    """As `price`, with prices per token from `pico_usd_per_token`; the counts are not checked."""
+    return (
+        (prompt_tokens - cached_tokens) * pico_usd_in
+        + cached_tokens * pico_usd_cached
+        + completion_tokens * pico_usd_out
+    )
+
+
+def usd_text(pico_usd: int) -> bytes:
+    """All digits and no exponent, as a header wants it: `0.0002453`."""
+    if pico_usd < 0:
+        raise ValueError(f"an amount must not be negative, got {pico_usd} pico-dollars")
+    usd, rest = divmod(pico_usd, PICO_USD_PER_USD)
+    if not rest:
+        return b"%d" % usd
+    return (b"%d.%012d" % (usd, rest)).rstrip(b"0")
 
 
 def total_usd(amounts: Iterable[Decimal]) -> Decimal:

@@ -1,0 +1,26 @@
+"""One line for each change through the admin API: who changed what."""
+
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from fastapi import Request
+
+from expertmesh.core.domain.tenant import Caller
+
+audit_log = logging.getLogger("expertmesh.gateway.audit")
+"""One JSON object per change; never a secret or its hash."""
+
+
+def audit(request: Request, action: str, target: str, **details: Any) -> None:
+    caller: Caller = request.scope["state"]["caller"]
+    line = {
+        "at": datetime.now(UTC),
+        "by_key": caller.key_id,
+        "by_tenant": caller.tenant,
+        "action": action,
+        "target": target,
+        **details,
+    }
+    audit_log.info("%s", msgspec.json.encode(line).decode())

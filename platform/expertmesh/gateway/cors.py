@@ -1,0 +1,35 @@
+"""Which pages of other hosts may call the gateway from a browser: none unless named."""
+
+from typing import Final
+
+_ALL: Final = "*"
+_PREFLIGHT: Final = (
+    b"access-control-allow-methods: GET, POST, OPTIONS\r\n"
+    b"access-control-allow-headers: authorization, content-type, x-api-key, x-request-id, "
+    b"x-session-id, anthropic-version, anthropic-beta, anthropic-dangerous-direct-browser-access, "
+    b"openai-organization, openai-project, x-stainless-arch, x-stainless-lang, x-stainless-os, "
+    b"x-stainless-package-version, x-stainless-retry-count, x-stainless-runtime, "
+    b"x-stainless-runtime-version, x-stainless-timeout\r\n"
+    b"access-control-max-age: 600\r\n"
+)
+
+
+class Cors:
+    def __init__(self, origins: tuple[str, ...] = ()) -> None:
+        """Origins as browsers send them, e.g. `https://chat.example`, or `*`."""
+        self._all: Final = _ALL in origins
+        self._origins: Final = frozenset(origin.encode() for origin in origins)
+
+    def lines(self, origin: bytes) -> bytes:
+        """Header lines of an answer; none when the page may not read it."""
+        if not self._all and origin not in self._origins:
+            return b""
+        return (
+            b"access-control-allow-origin: %b\r\nvary: origin\r\n"
+            b"access-control-expose-headers: x-request-id, retry-after, x-em-cost-usd\r\n"
+        ) % (b"*" if self._all else origin)
+
+    def preflight(self, origin: bytes) -> bytes:
+        """Of the answer to the question that browsers ask first; none: it is not allowed."""
+        lines = self.lines(origin)
+        return _PREFLIGHT if lines else b""
