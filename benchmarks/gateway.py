@@ -108,6 +108,8 @@ class GatewayBench:
                     for name, starter in contestants.PEER_STARTERS.items():
                         await self._start(stack, ground, name, starter)
                 self._others = OtherWork.begin()
+                if self.ahead:
+                    stack.enter_context(contestants.ahead_of_others(self._everyone))
                 await self._measure()
 
     async def _start(
@@ -120,12 +122,14 @@ class GatewayBench:
             self.missing[name] = str(reason)
             self.console.print(f"{name}: {reason}", style="yellow", markup=False, highlight=False)
 
+    @property
+    def _everyone(self) -> list[Contestant]:
+        assert self._direct is not None
+        return [self._direct, *self._gateways]
+
     async def _measure(self) -> None:
-        direct, gateways = self._direct, self._gateways
-        assert direct is not None
-        everyone = [direct, *gateways]
-        if self.ahead:
-            contestants.go_ahead(everyone)
+        everyone, gateways = self._everyone, self._gateways
+        direct = everyone[0]
         if Part.ADDED in self.wanted:
             self._say("one request at a time, direct and through in pairs")
             added = await measure.added_one_at_a_time(

@@ -9,8 +9,10 @@ does. No model runs here: tests of what a model says need the real engine.
 
 import argparse
 import asyncio
+import base64
 import contextlib
 import json
+import struct
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -33,7 +35,8 @@ class Fault:
 
     kind: str
     """refuse: answer with `status`. hang: no answer at all. reset: abort the connection.
-    end: end the body in good order, too early. stall: fall silent. error: send an error event."""
+    end: end the body in good order, too early. stall: fall silent. error: send an error event.
+    none: no failure, for `probe`."""
     after_events: int = 0
     status: int = 500
     body: bytes | None = None
@@ -59,6 +62,9 @@ class MockRank:
     prefix: str = ""
     """Route prefix, as of a Serve application."""
     mesh_token: str | None = None
+    """Wanted of who asks, as our ranks do."""
+    api_key: str | None = None
+    """Wanted as bearer token, as external providers do."""
     tokens: int = 8
     """Completion tokens where the request names no limit, and the most that are given."""
     first_token_s: float = 0.0
@@ -67,10 +73,21 @@ class MockRank:
     cached_tokens: int | None = None
     split_bytes: int | None = None
     """Cut a stream into chunks of this size, whatever the events."""
+    spaced: bool = False
+    """Write the events' JSON with spaces, as some providers do."""
+    line_end: bytes = b"\n"
+    """Of the lines of events."""
+    gate: asyncio.Event | None = None
+    """No answer begins before it is set."""
     faults: deque[Fault] = field(default_factory=deque)
-    """The next request takes the first one."""
+    """The next request with a body takes the first one."""
     always: Fault | None = None
+    probe: Fault | None = None
+    """What requests without a body get instead of `always`."""
     seen: list[Seen] = field(default_factory=list)
+    """Requests with a body."""
+    probes: list[Seen] = field(default_factory=list)
+    """Those without."""
     aborted_at_s: list[float] = field(default_factory=list)
     """Monotonic times at which a client left before its answer was whole."""
     port: int = 0
@@ -107,7 +124,10 @@ class MockRank:
         return len(self._connections)
 
     async def answer(self, seen: Seen, connection: "_Connection") -> None:
-        fault = self.faults.popleft() if self.faults else self.always
+        if not seen.body:
+            fault = self.probe or self.always
+        else:
+            fault = self.faults.popleft() if self.faults else self.always
         if fault is not None and fault.kind == "hang":
             await asyncio.Event().wait()
         if fault is not None and fault.kind == "refuse":
@@ -118,6 +138,10 @@ class MockRank:
             return
         if self.mesh_token and seen.headers.get("x-em-mesh-token") != self.mesh_token:
             connection.write_json(401, {"detail": "mesh token"})
+            return
+        if self.api_key and seen.headers.get("authorization") != f"Bearer {self.api_key}":
+            error = _error("Incorrect API key provided", "invalid_request_error", 401)
+            connection.write_whole(401, error, "application/json", ())
             return
         path = seen.path.removeprefix(self.prefix)
         if not seen.path.startswith(self.prefix + "/"):
@@ -156,11 +180,10 @@ class MockRank:
         if path not in _MAKERS:
             connection.write_json(404, {"detail": "Not Found"})
             return
-        prompt_tokens = len(
-            json.dumps(asked.get("messages", asked.get("input", asked.get("prompt")))).split()
-        )
-        limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
-        limit = limit or asked.get("max_output_tokens") or self.tokens
+        prompt_tokens = _words_of(asked)
+        named = asked.get("max_completion_tokens") or asked.get("max_tokens")
+        named = named or asked.get("max_output_tokens")
+        limit = named or self.tokens
         if prompt_tokens + limit > self.max_model_len:
             message = (
                 f"This model's maximum context length is {self.max_model_len} tokens. However, you "
@@ -177,9 +200,12 @@ class MockRank:
             prompt_tokens=prompt_tokens,
             cached_tokens=self.cached_tokens,
             words=tuple(f"w{number} " for number in range(min(limit, self.tokens))),
+            cut_short=named is not None and named <= self.tokens,
         )
         self.running += 1
         try:
+            if self.gate is not None:
+                await self.gate.wait()
             whole, events = _MAKERS[path]
             if asked.get("stream") and events is not None:
                 await self._stream(events(reply), connection, fault)
@@ -222,6 +248,10 @@ class MockRank:
                 await asyncio.sleep(self.token_interval_s)
             if count % 1000 == 999:
                 await asyncio.sleep(0)
+            if self.spaced:
+                event = _spaced(event)
+            if self.line_end != b"\n":
+                event = event.replace(b"\n", self.line_end)
             step = self.split_bytes or len(event)
             for start in range(0, len(event), step):
                 connection.write_chunk(event[start : start + step])
@@ -251,6 +281,16 @@ class _Reply:
     prompt_tokens: int
     cached_tokens: int | None
     words: tuple[str, ...]
+    cut_short: bool
+
+    @property
+    def reason(self) -> str:
+        return "length" if self.cut_short else "stop"
+
+    @property
+    def stop_reason(self) -> str:
+        """The same in messages."""
+        return "max_tokens" if self.cut_short else "end_turn"
 
     @property
     def text(self) -> str:
@@ -277,6 +317,21 @@ class _Reply:
         return bool((self.asked.get("stream_options") or {}).get("include_usage"))
 
 
+def _words_of(asked: dict[str, Any]) -> int:
+    prompt = asked.get("messages", asked.get("input", asked.get("prompt")))
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
+        return sum(len(each.split()) for each in prompt)
+    return len(json.dumps(prompt).split())
+
+
+def _spaced(event: bytes) -> bytes:
+    """The same with JSON as Python writes it by default."""
+    kind, mark, data = event.partition(b"data: {")
+    return (
+        kind + b"data: " + json.dumps(json.loads(b"{" + data)).encode() + b"\n\n" if mark else event
+    )
+
+
 def _dump(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":")).encode()
 
@@ -301,7 +356,9 @@ def _chat(reply: _Reply) -> dict[str, Any]:
         "object": "chat.completion",
         "created": 1,
         "model": reply.model,
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}],
+        "choices": [
+            {"index": 0, "message": message, "logprobs": None, "finish_reason": reply.reason}
+        ],
         "usage": reply.usage(),
     }
 
@@ -319,14 +376,15 @@ def _chat_events(reply: _Reply) -> Iterator[bytes]:
     for word in reply.words[:-1]:
         yield start + word.encode() + b'"},"logprobs":null,"finish_reason":null}]}\n\n'
     for word in reply.words[-1:]:
-        yield start + word.encode() + b'"},"logprobs":null,"finish_reason":"length"}]}\n\n'
+        end = b'"},"logprobs":null,"finish_reason":"%b"}]}\n\n' % reply.reason.encode()
+        yield start + word.encode() + end
     if reply.wants_usage():
         yield _data({**head, "choices": [], "usage": reply.usage()})
     yield b"data: [DONE]\n\n"
 
 
 def _completion(reply: _Reply) -> dict[str, Any]:
-    choice = {"index": 0, "text": reply.text, "logprobs": None, "finish_reason": "length"}
+    choice = {"index": 0, "text": reply.text, "logprobs": None, "finish_reason": reply.reason}
     return {
         "id": f"cmpl-{reply.id}",
         "object": "text_completion",
@@ -346,7 +404,7 @@ def _completion_events(reply: _Reply) -> Iterator[bytes]:
     }
     for number, word in enumerate(reply.words, 1):
         last = number == len(reply.words)
-        choice = {"index": 0, "text": word, "finish_reason": "length" if last else None}
+        choice = {"index": 0, "text": word, "finish_reason": reply.reason if last else None}
         yield _data({**head, "choices": [choice]})
     if reply.wants_usage():
         yield _data({**head, "choices": [], "usage": reply.usage()})
@@ -405,7 +463,7 @@ def _message(reply: _Reply) -> dict[str, Any]:
         "role": "assistant",
         "content": [{"type": "text", "text": reply.text}],
         "model": reply.model,
-        "stop_reason": "max_tokens",
+        "stop_reason": reply.stop_reason,
         "usage": reply.anthropic_usage(len(reply.words)),
     }
 
@@ -426,19 +484,34 @@ def _message_events(reply: _Reply) -> Iterator[bytes]:
         yield _event("content_block_delta", {"index": 0, "delta": delta})
     yield _event("content_block_stop", {"index": 0})
     usage = reply.anthropic_usage(len(reply.words))
-    yield _event("message_delta", {"delta": {"stop_reason": "max_tokens"}, "usage": usage})
+    yield _event("message_delta", {"delta": {"stop_reason": reply.stop_reason}, "usage": usage})
     yield _event("message_stop", {})
 
 
 def _embeddings(reply: _Reply) -> dict[str, Any]:
+    given = reply.asked["input"]
+    vectors = [[float(n), 0.5, -0.5] for n in range(len(given) if isinstance(given, list) else 1)]
+    vectors = [vector[: reply.asked.get("dimensions", 3)] for vector in vectors]
+    in_base64 = reply.asked.get("encoding_format") == "base64"
     return {
         "id": f"embd-{reply.id}",
         "object": "list",
         "created": 1,
         "model": reply.model,
-        "data": [{"index": 0, "object": "embedding", "embedding": [0.5, -0.5]}],
+        "data": [
+            {
+                "index": index,
+                "object": "embedding",
+                "embedding": _base64(vector) if in_base64 else vector,
+            }
+            for index, vector in enumerate(vectors)
+        ],
         "usage": {**reply.usage(0), "completion_tokens": 0},
     }
+
+
+def _base64(vector: list[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
 
 
 _MAKERS: dict[str, Any] = {
@@ -497,7 +570,7 @@ class _Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         path = httptools.parse_url(self._url).path.decode()
         seen = Seen(path, self._headers, b"".join(self._body))
-        self._rank.seen.append(seen)
+        (self._rank.seen if seen.body else self._rank.probes).append(seen)
         self._task = asyncio.get_running_loop().create_task(self._rank.answer(seen, self))
 
     def abort(self) -> None:
@@ -557,6 +630,7 @@ def main() -> None:
         token_interval_s=asked.token_interval_ms / 1000,
         # A benchmark sends too many to keep.
         seen=deque(maxlen=1),  # type: ignore[arg-type]
+        probes=deque(maxlen=1),  # type: ignore[arg-type]
     )
 
     async def serve() -> None:

@@ -35,6 +35,8 @@ _GROUP = "em-bench-moe-bench-0"
 _START_S = 60.0
 _STOP_S = 8.0
 _PROBE_EVENTS = 40
+_AHEAD = -15
+"""As a nice value."""
 _LOG_CHARACTERS = 200
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=2)
 _ANSWER_TIMEOUT = aiohttp.ClientTimeout(total=30)
@@ -135,16 +137,26 @@ async def upstream(folder: Path, cores: Cores) -> AsyncIterator[Ground]:
         yield ground
 
 
-def go_ahead(contestants: Sequence[Contestant]) -> None:
+@contextmanager
+def ahead_of_others(contestants: Sequence[Contestant]) -> Iterator[None]:
     """Before all other work on this machine, while the measurement lasts. Needs root.
 
     Raises CannotRun where the kernel does not group processes by session, for `nice` counts there.
     """
-    for process in {*contestants[0].load, *(p for each in contestants for p in each.processes)}:
+    processes = {*contestants[0].load, *(p for each in contestants for p in each.processes)}
+    groups = [Path(f"/proc/{process.pid}/autogroup") for process in processes]
+    try:
         try:
-            Path(f"/proc/{process.pid}/autogroup").write_text("-15")
+            for group in groups:
+                group.write_text(str(_AHEAD))
         except OSError as error:
-            raise CannotRun(f"{process.pid}: cannot go ahead of others: {error}") from None
+            raise CannotRun(f"cannot go ahead of others: {error}") from None
+        yield
+    finally:
+        # This process shares its group with the shell that it was started from.
+        for group in groups:
+            with contextlib.suppress(OSError):
+                group.write_text("0")
 
 
 def _yield_to_others(pid: int) -> None:

@@ -5,6 +5,7 @@ py-spy reads the process from outside, so what it shows is the gateway as it run
 
 import asyncio
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from benchmarks.gateway_bench.measure import FAST_EVENTS, FAST_STREAMS
 _SAMPLES_PER_S = 400
 _CONNECTIONS = 64
 _MOST_ROWS = 60
+_MAIN_THREAD = "MainThread"
 _LINE = re.compile(r"^(?P<function>.*) \((?P<file>[^():]+)(?::(?P<line>\d+))?\)$")
 _LOADS = {
     "requests, not streamed": (WHOLE, _CONNECTIONS),
@@ -27,8 +29,10 @@ _LOADS = {
 @dataclass(frozen=True, slots=True)
 class _Profile:
     title: str
+    cores: str
+    """How much CPU time its threads took."""
     stacks: Counter[tuple[str, ...]]
-    """Frames from the outermost one, and how often each stack was seen."""
+    """Of the main thread: frames from the outermost one, and how often each stack was seen."""
 
 
 async def write_profile(gateway: Contestant, seconds: float, file: Path) -> None:
@@ -61,16 +65,18 @@ async def _record(
     await load.start()
     try:
         await asyncio.sleep(0.5)
+        began_s, before = time.monotonic(), _threads_s(gateway)
         process = await asyncio.create_subprocess_exec(
             str(program),
             *("record", "--pid", str(gateway.processes[0].pid), "--format", "raw"),
             *("--rate", str(_SAMPLES_PER_S), "--duration", str(max(1, round(seconds)))),
-            *("--nonblocking", "--output", str(raw)),
+            *("--nonblocking", "--threads", "--output", str(raw)),
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
         try:
             output, _ = await asyncio.wait_for(process.communicate(), seconds + 30)
+            cores = _cores(before, _threads_s(gateway), time.monotonic() - began_s)
         finally:
             if process.returncode is None:
                 process.kill()
@@ -82,9 +88,28 @@ async def _record(
     stacks: Counter[tuple[str, ...]] = Counter()
     for line in raw.read_text().splitlines():
         stack, _, count = line.rpartition(" ")
-        stacks[tuple(frame or "?" for frame in stack.split(";"))] += int(count)
+        thread, *frames = stack.split(";")
+        # Whether another thread waits cannot be seen from outside without stopping it.
+        if _MAIN_THREAD in thread and frames:
+            stacks[tuple(frame or "?" for frame in frames)] += int(count)
     raw.unlink()
-    return _Profile(f"{title}, {connections} connections, {load.tally.done} done", stacks)
+    title = f"{title}, {connections} connections, {load.tally.done} done"
+    return _Profile(title, cores, stacks)
+
+
+def _threads_s(gateway: Contestant) -> dict[int, float]:
+    threads = gateway.processes[0].threads()
+    return {thread.id: thread.user_time + thread.system_time for thread in threads}
+
+
+def _cores(before: dict[int, float], after: dict[int, float], seconds: float) -> str:
+    main = min(after)
+    used = {thread: after[thread] - before.get(thread, 0.0) for thread in after}
+    others = sum(used.values()) - used[main]
+    return (
+        f"of a core, the main thread took {used[main] / seconds:.0%}, "
+        f"{len(after) - 1} others {others / seconds:.0%}"
+    )
 
 
 def _render(profile: _Profile) -> str:
@@ -95,7 +120,7 @@ def _render(profile: _Profile) -> str:
         functions[_shown(stack[-1], False)] += count
         for name in {_shown(frame, False) for frame in stack}:
             inclusive[name] += count
-    parts = [f"{profile.title}: {total} samples", "", "   self   total  function"]
+    parts = [f"{profile.title}: {total} samples", profile.cores, "", "   self   total  function"]
     for name, count in functions.most_common(_MOST_ROWS):
         parts.append(f"{count / total:7.1%} {inclusive[name] / total:7.1%}  {name}")
     parts += ["", "   self  line"]

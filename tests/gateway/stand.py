@@ -1,6 +1,7 @@
 """A whole gateway on a loopback port, before mock ranks and a fake controller."""
 
 import asyncio
+import json
 import socket
 import tempfile
 import time
@@ -18,15 +19,18 @@ from tests.mock_rank import MockRank
 
 from expertmesh.core.admission.limit_book import LimitBook
 from expertmesh.core.admission.slots import SlotRules
-from expertmesh.core.domain.fleet import Fleet, Group, GroupState, Rank, ServedModel
+from expertmesh.core.domain.fleet import Fleet, Group, GroupLoad, GroupState, Rank, ServedModel
 from expertmesh.core.metering.usage import UsageRecord
+from expertmesh.core.routing.router import RoutingConfig
 from expertmesh.gateway.access_log import AccessLog
-from expertmesh.gateway.limiter import LocalLimiter
+from expertmesh.gateway.asgi_bridge import AsgiApp
+from expertmesh.gateway.auth import KeySource
+from expertmesh.gateway.limiter import Limiter, LocalLimiter
 from expertmesh.gateway.limits import GatewayLimits
 from expertmesh.gateway.metrics import GatewayMetrics
 from expertmesh.gateway.service import GatewayService, Parts, Worker, running
 from expertmesh.gateway.usage_journal import UsageJournal
-from expertmesh.gateway.usage_writer import UsageWriter
+from expertmesh.gateway.usage_writer import UsageLedger, UsageWriter
 from expertmesh.telemetry.traces import Tracing
 
 MESH_TOKEN = "mesh-secret"
@@ -42,7 +46,9 @@ QUICK = GatewayLimits(
 )
 
 
-def served_model(name: str = MODEL, max_wait_s: float = 0.0) -> ServedModel:
+def served_model(
+    name: str = MODEL, max_wait_s: float = 0.0, aliases: tuple[str, ...] = ()
+) -> ServedModel:
     return ServedModel(
         name=name,
         max_model_len=4096,
@@ -50,6 +56,7 @@ def served_model(name: str = MODEL, max_wait_s: float = 0.0) -> ServedModel:
         usd_per_mtok_cached=0.05,
         usd_per_mtok_out=0.6,
         max_wait_s=max_wait_s,
+        aliases=aliases,
     )
 
 
@@ -93,11 +100,23 @@ class Stand:
         self._stack.push_async_callback(rank.stop)
         return rank
 
-    async def show(self, *groups: Group, models: tuple[ServedModel, ...] | None = None) -> None:
+    async def key(self, tenant: str, **fields: Any) -> str:
+        """The secret of a new key, once the gateway knows it; `fields` as those of Caller."""
+        secret = f"sk-em-{len(self.keys.keys):043d}"
+        caller = self.keys.add(secret, tenant, **fields)
+        await until(lambda: self.service.ring.find(secret.encode(), 0.0) == caller)
+        return secret
+
+    async def show(
+        self,
+        *groups: Group,
+        models: tuple[ServedModel, ...] | None = None,
+        loads: dict[str, GroupLoad] | None = None,
+    ) -> None:
         """Make this the fleet, and wait until the gateway has it."""
         if models is not None:
             self._models = models
-        fleet = Fleet(self.controller.fleet.version + 1, self._models, groups)
+        fleet = Fleet(self.controller.fleet.version + 1, self._models, groups, loads or {})
         self.controller.fleet = fleet
         await until(lambda: self.service.view.fleet == fleet)
 
@@ -107,8 +126,12 @@ class Stand:
         assert len(self.ledger.rows) == count
         return list(self.ledger.rows.values())
 
-    def post(self, path: str, json: Any, **options: Any) -> Any:
-        headers = {"Authorization": f"Bearer {SECRET}", **options.pop("headers", {})}
+    def log_lines(self) -> list[dict[str, Any]]:
+        """Those of the access log that are written by now."""
+        return [json.loads(line) for line in self.access_log.read_text().splitlines()]
+
+    def post(self, path: str, json: Any, secret: str = SECRET, **options: Any) -> Any:
+        headers = {"Authorization": f"Bearer {secret}", **options.pop("headers", {})}
         return self.http.post(self.url + path, json=json, headers=headers, **options)
 
     def count(self, metric: str, **labels: str) -> float:
@@ -130,12 +153,25 @@ async def standing(
     environment: Mapping[str, str] | None = None,
     cors_origins: tuple[str, ...] = (),
     tracing: Tracing | None = None,
+    routing: RoutingConfig | None = None,
+    fleet: Fleet | None = None,
+    limiter: Limiter | None = None,
+    keys: KeySource | None = None,
+    ledger: UsageLedger | None = None,
+    admin: AsgiApp | None = None,
 ) -> AsyncIterator[Stand]:
+    """`fleet` is there from the start. `keys` and `ledger` take the place of those in memory."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
     listener.setblocking(False)
     port = listener.getsockname()[1]
-    controller, keys, ledger = FakeController(MESH_TOKEN), MemoryKeys(), MemoryLedger()
-    keys.add(SECRET, "team-a")
+    controller, memory_keys, memory_ledger = (
+        FakeController(MESH_TOKEN),
+        MemoryKeys(),
+        MemoryLedger(),
+    )
+    if fleet is not None:
+        controller.fleet = fleet
+    memory_keys.add(SECRET, "team-a")
     registry = CollectorRegistry()
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="stand-")))
@@ -146,19 +182,20 @@ async def standing(
             controller.url,
             MESH_TOKEN,
             limits,
+            routing=routing or RoutingConfig(),
             slots=slots or SlotRules(),
             cors_origins=cors_origins,
         )
         log = stack.enter_context((folder / "access.log").open("wb"))
         journal = UsageJournal.open(folder / "usage", worker.name)
         parts = Parts(
-            keys=keys,
-            limiter=LocalLimiter(book or LimitBook()),
-            writer=UsageWriter(ledger, journal, limits.ledger_period_s),
+            keys=keys or memory_keys,
+            limiter=limiter or LocalLimiter(book or LimitBook()),
+            writer=UsageWriter(ledger or memory_ledger, journal, limits.ledger_period_s),
             metrics=GatewayMetrics(registry),
             access_log=AccessLog(log.fileno()),
             tracing=tracing or Tracing(),
-            admin=echo_admin,
+            admin=admin or echo_admin,
             environment=environment or {},
         )
         service = await stack.enter_async_context(running(worker, parts))
@@ -175,8 +212,8 @@ async def standing(
             http,
             service,
             controller,
-            keys,
-            ledger,
+            memory_keys,
+            memory_ledger,
             registry,
             folder / "access.log",
             stack,

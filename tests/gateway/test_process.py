@@ -1,165 +1,206 @@
-"""The command as a process of its own, on a real store."""
+"""The command as a process of its own: start, reload and stop of a single worker."""
 
 import asyncio
 import json
-import os
 import signal
 import socket
-import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import aiohttp
 import pytest
-from tests.gateway.fake_controller import FakeController
-from tests.gateway.stand import MESH_TOKEN, MODEL, group_of, served_model
-from tests.mock_rank import MockRank, started
+from tests.gateway.gateway_process import (
+    CHAT,
+    GatewayProcess,
+    Site,
+    ask,
+    free_port,
+    launch,
+    site,
+    until,
+    write_platform,
+)
+from tests.gateway.stand import MESH_TOKEN, group_of
+from tests.mock_rank import MockRank
 
-from expertmesh.core.domain.fleet import Fleet
 from expertmesh.core.metering.usage import Outcome
-from expertmesh.store.database import Database, open_database
-from expertmesh.store.keys import KeyBook
-from expertmesh.store.ledger import Ledger
 
-COMMAND = "import typer; from expertmesh.cli.gateway import gateway; typer.run(gateway)"
-CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "one two"}]}
-ROOT = Path(__file__).parents[2]
+PAGE = "https://chat.example"
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-        return port
+def slow_rank(tokens: int) -> MockRank:
+    return MockRank(tokens=tokens, token_interval_s=0.05, mesh_token=MESH_TOKEN)
 
 
-async def launch(*arguments: str, **environment: str) -> asyncio.subprocess.Process:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("EXPERTMESH_")}
-    return await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-c",
-        COMMAND,
-        *arguments,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env={**inherited, "PYTHONPATH": str(ROOT / "platform"), **environment},
-    )
-
-
-@dataclass
-class Running:
-    process: asyncio.subprocess.Process
-    url: str
-    http: aiohttp.ClientSession
-    headers: dict[str, str]
-    keys: KeyBook
-    ledger: Ledger
-    key_id: str
-    rank: MockRank
-
-
-@asynccontextmanager
-async def gateway_process(folder: Path, rank: MockRank, *arguments: str) -> AsyncIterator[Running]:
-    store = f"sqlite+aiosqlite:///{folder}/store.db"
-    controller = FakeController(MESH_TOKEN)
-    await controller.start()
-    database: Database = await open_database(store)
-    port = free_port()
-    async with started(rank), aiohttp.ClientSession() as http:
-        controller.fleet = Fleet(1, (served_model(),), (group_of(rank),))
-        key = await KeyBook(database).create("team-a", "test", time.time())
-        process = await launch(
-            *("--controller-url", controller.url, "--store", store, "--port", str(port)),
-            *arguments,
-            EXPERTMESH_MESH_TOKEN=MESH_TOKEN,
-        )
-        url = f"http://127.0.0.1:{port}"
-        try:
-            await ready(http, url)
-            yield Running(
-                process,
-                url,
-                http,
-                {"Authorization": f"Bearer {key.secret}"},
-                KeyBook(database),
-                Ledger(database),
-                key.id,
-                rank,
-            )
-        finally:
-            if process.returncode is None:
-                process.kill()
-            await process.communicate()
-            await controller.stop()
-            await database.close()
-
-
-async def ready(http: aiohttp.ClientSession, url: str) -> None:
-    deadline_s = time.monotonic() + 60
-    while True:
-        try:
-            async with http.get(f"{url}/readyz") as response:
-                if response.status == 200:
-                    return
-        except aiohttp.ClientConnectionError:
-            pass
-        assert time.monotonic() < deadline_s, "the gateway did not become ready"
-        await asyncio.sleep(0.05)
+async def until_asked(place: Site, requests: int = 1) -> None:
+    await until(lambda: len(place.rank.seen) >= requests)
+    await asyncio.sleep(0.1)  # a few events of a stream
 
 
 @pytest.mark.integration
 async def test_a_stop_finishes_streams_and_writes_the_ledger(tmp_path: Path) -> None:
-    rank = MockRank(tokens=30, token_interval_s=0.05, mesh_token=MESH_TOKEN)
-    async with gateway_process(tmp_path, rank) as gateway:
-        response = await gateway.http.post(
-            f"{gateway.url}/v1/chat/completions",
-            json={**CHAT, "stream": True},
-            headers=gateway.headers,
-        )
-        await response.content.readany()
-        gateway.process.send_signal(signal.SIGTERM)
-        rest = await response.text()
-        assert rest.endswith("data: [DONE]\n\n")
-        out, err = await asyncio.wait_for(gateway.process.communicate(), 10)
-        assert gateway.process.returncode == 0
-        assert b"Traceback" not in err
-        (row,) = await gateway.ledger.usage()
+    async with site(tmp_path, slow_rank(30)) as place:
+        key = await place.key()
+        gateway = await place.start()
+        stream = asyncio.create_task(ask(place.http, gateway.url, key, 29, True))
+        await until_asked(place)
+        gateway.signal(signal.SIGTERM)
+        await until_refused(gateway)
+        assert not stream.done()
+        assert (await stream).counted == (4, 30)
+        assert await asyncio.wait_for(gateway.process.wait(), 10) == 0
+        assert "Traceback" not in gateway.errors
+        (row,) = await place.ledger.usage()
         assert (row.completion_tokens, row.outcome, row.tenant) == (30, Outcome.OK, "team-a")
-        (line,) = [json.loads(line) for line in out.splitlines()]
-        assert line["usage_id"] == row.request_id
+        assert [line["usage_id"] for line in gateway.lines()] == [row.request_id]
+        assert names_in(place.state / "usage") == {"lock"}
+
+
+async def until_refused(gateway: GatewayProcess) -> None:
+    def is_refused() -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", int(gateway.url.rsplit(":", 1)[1])), 1):
+                return False
+        except ConnectionRefusedError:
+            return True
+
+    await until(is_refused, 5)
 
 
 @pytest.mark.integration
-async def test_a_stop_that_takes_too_long_tells_the_client(tmp_path: Path) -> None:
-    rank = MockRank(tokens=500, token_interval_s=0.05, mesh_token=MESH_TOKEN)
-    async with gateway_process(tmp_path, rank, "--drain-timeout-s", "0.5") as gateway:
-        asked = {"json": {**CHAT, "stream": True}, "headers": gateway.headers}
-        url = f"{gateway.url}/v1/chat/completions"
-        response = await gateway.http.post(url, **asked)
-        await response.content.readany()
-        gateway.process.send_signal(signal.SIGINT)
-        rest = await response.text()
+@pytest.mark.parametrize("again", [True, False], ids=["second signal", "time-out"])
+async def test_a_stop_that_does_not_wait_tells_the_client(tmp_path: Path, again: bool) -> None:
+    async with site(tmp_path, slow_rank(500)) as place:
+        key = await place.key()
+        timeout_s = 60.0 if again else 0.5
+        gateway = await place.start("--drain-timeout-s", str(timeout_s))
+        body = {
+            "model": "tiny-moe",
+            "messages": [{"role": "user", "content": "x"}],
+            "stream": True,
+        }
+        async with place.http.post(
+            gateway.url + CHAT, json=body, headers={"Authorization": f"Bearer {key.secret}"}
+        ) as response:
+            await response.content.readuntil(b"w1 ")
+            gateway.signal(signal.SIGINT)
+            if again:
+                await until_refused(gateway)
+                gateway.signal(signal.SIGTERM)
+            rest = await response.text()
         error = json.loads(rest.rstrip().rsplit("data: ", 1)[1])["error"]
-        assert "the gateway shuts down" in error["message"]
-        _, err = await asyncio.wait_for(gateway.process.communicate(), 10)
-        assert gateway.process.returncode == 0
-        assert b"Traceback" not in err
-        (row,) = await gateway.ledger.usage()
+        assert error["message"] == "The gateway shuts down."
+        assert await asyncio.wait_for(gateway.process.wait(), 10) == 0
+        assert "Traceback" not in gateway.errors
+        (row,) = await place.ledger.usage()
         assert row.outcome is Outcome.ERROR and row.completion_tokens > 0
 
 
 @pytest.mark.integration
+async def test_a_second_signal_ends_the_wait_before_connections_are_refused(
+    tmp_path: Path,
+) -> None:
+    async with site(tmp_path) as place:
+        gateway = await place.start("--drain-delay-s", "60")
+        gateway.signal(signal.SIGTERM)
+
+        async def is_unready() -> bool:
+            async with place.spread.get(f"{gateway.url}/readyz") as response:
+                return response.status == 503
+
+        await until(is_unready)
+        assert await gateway.stop(10) == 0
+
+
+@pytest.mark.integration
+async def test_a_new_configuration_is_taken_without_dropping_a_request(tmp_path: Path) -> None:
+    file = write_platform(tmp_path / "platform.yaml")
+    async with site(tmp_path, slow_rank(40)) as place:
+        key = await place.key()
+        gateway = await place.start("--config", str(file))
+        stream = asyncio.create_task(ask(place.http, gateway.url, key, 29, True, Origin=PAGE))
+        await until_asked(place)
+        ended = False
+
+        async def client() -> list[int]:
+            statuses = []
+            while not ended:
+                statuses.append((await ask(place.http, gateway.url, key)).status)
+            return statuses
+
+        async def is_allowed() -> bool:
+            got = await ask(place.http, gateway.url, key, Origin=PAGE)
+            assert got.status == 200
+            return got.headers.get("access-control-allow-origin") == PAGE
+
+        clients = [asyncio.create_task(client()) for _ in range(8)]
+        assert not await is_allowed()
+        write_platform(file, cors_origins=[PAGE], admission={"queued_requests": 1})
+        gateway.signal(signal.SIGHUP)
+        await until(is_allowed, 10)
+        for number in range(5):
+            write_platform(file, cors_origins=[PAGE, f"https://{number}.example"])
+            gateway.signal(signal.SIGHUP)
+            await until(
+                lambda times=number + 2: gateway.errors.count("configuration again") >= times, 10
+            )
+        file.write_text("kind: Platform\nname: [")
+        gateway.signal(signal.SIGHUP)
+        await until(lambda: "keeps its configuration" in gateway.errors, 10)
+        assert f"keeps its configuration: {file}: is no YAML" in gateway.errors
+        assert await is_allowed()
+        write_platform(file, cors_origins=[PAGE], workers=5)
+        gateway.signal(signal.SIGHUP)
+        await until(lambda: "counts from the next start only" in gateway.errors, 10)
+        ended = True
+        statuses = [status for one in await asyncio.gather(*clients) for status in one]
+        assert set(statuses) == {200} and len(statuses) > 8
+        got = await stream
+        assert got.whole and got.counted == (4, 30)
+        assert await gateway.stop() == 0
+
+
+@pytest.mark.integration
+async def test_a_new_bound_of_the_queue_counts_for_requests_that_come_later(
+    tmp_path: Path,
+) -> None:
+    file = write_platform(tmp_path / "platform.yaml", admission={"queued_requests": 2})
+    async with site(tmp_path) as place:
+        key = await place.key()
+        gateway = await place.start("--config", str(file))
+        await place.show(max_wait_s=60.0)
+        waiting = [asyncio.create_task(ask(place.http, gateway.url, key, n)) for n in range(2)]
+
+        async def are_queued() -> bool:
+            return await place.metric(gateway, "em_gateway_queued_requests") == len(waiting)
+
+        await until(are_queued)
+        assert (await ask(place.http, gateway.url, key, 2)).status == 429
+        write_platform(file, admission={"queued_requests": 4})
+        gateway.signal(signal.SIGHUP)
+        await until(lambda: "configuration again" in gateway.errors)
+        waiting += [asyncio.create_task(ask(place.http, gateway.url, key, n)) for n in (3, 4)]
+        await until(are_queued)
+        assert (await ask(place.http, gateway.url, key, 5)).status == 429
+        await place.show(group_of(place.rank))
+        assert [(await one).status for one in waiting] == [200] * 4
+
+
+@pytest.mark.integration
 async def test_a_revoked_key_of_the_real_store(tmp_path: Path) -> None:
-    async with gateway_process(tmp_path, MockRank(mesh_token=MESH_TOKEN)) as gateway:
-        url, headers = f"{gateway.url}/v1/chat/completions", gateway.headers
-        async with gateway.http.post(url, json=CHAT, headers=headers) as response:
-            assert response.status == 200
-        assert await gateway.keys.revoke(gateway.key_id, time.time())
-        await asyncio.sleep(1.9)
-        async with gateway.http.post(url, json=CHAT, headers=headers) as response:
-            assert response.status == 401
+    async with site(tmp_path) as place:
+        key = await place.key()
+        gateway = await place.start()
+        assert (await ask(place.http, gateway.url, key)).status == 200
+        assert await place.keys.revoke(key.id, time.time())
+
+        async def is_refused() -> bool:
+            return (await ask(place.http, gateway.url, key)).status == 401
+
+        await until(is_refused, 2.0)
+
+
+def names_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
 @pytest.mark.parametrize(
@@ -177,27 +218,73 @@ async def test_a_revoked_key_of_the_real_store(tmp_path: Path) -> None:
             {"EXPERTMESH_MESH_TOKEN": "x"},
             "error: --host 192.0.2.1 --port",
         ),
+        (
+            ("--config", "{folder}/wrong.yaml"),
+            {"EXPERTMESH_MESH_TOKEN": "x"},
+            "error: {folder}/wrong.yaml: gateway.workers: 0: ",
+        ),
+        (
+            ("--config", "{folder}/redis.yaml"),
+            {"EXPERTMESH_MESH_TOKEN": "x"},
+            "error: SOME_REDIS_URL: is not set, and limits.store is redis",
+        ),
+        (
+            ("--config", "{folder}/redis.yaml"),
+            {"EXPERTMESH_MESH_TOKEN": "x", "SOME_REDIS_URL": "db:secret@host"},
+            "error: SOME_REDIS_URL: holds no URL of a Redis; write it as redis://",
+        ),
+        (
+            ("--config", "{folder}/redis.yaml", "--workers", "2"),
+            {"EXPERTMESH_MESH_TOKEN": "x"},
+            "error: SOME_REDIS_URL: is not set, and limits.store is redis",
+        ),
+        (
+            ("--workers", "2", "--state-dir", "{folder}/" + "x" * 100),
+            {"EXPERTMESH_MESH_TOKEN": "x"},
+            "error: limits: {folder}/" + "x" * 100 + "/limits/server.sock: too long",
+        ),
     ],
-    ids=["no mesh token", "no token file", "no URL", "foreign address"],
+    ids=[
+        "no mesh token",
+        "no token file",
+        "no URL",
+        "foreign address",
+        "bad configuration",
+        "no Redis URL",
+        "bad Redis URL",
+        "no Redis URL for workers",
+        "no room for the name of a socket",
+    ],
 )
 async def test_a_start_that_cannot_work_says_why(
     tmp_path: Path, arguments: tuple[str, ...], environment: dict[str, str], message: str
 ) -> None:
+    write_platform(tmp_path / "wrong.yaml", workers=0)
+    limits = {"store": "redis", "redis_url_variable": "SOME_REDIS_URL"}
+    write_platform(tmp_path / "redis.yaml", limits=limits)
+    before = names_in(tmp_path)
     store = f"sqlite+aiosqlite:///{tmp_path}/store.db"
     base = ("--controller-url", "http://127.0.0.1:1", "--store", store)
-    process = await launch(*base, *arguments, **environment)
+    state = ("--port", str(free_port()), "--state-dir", str(tmp_path / "state"))
+    given = (argument.replace("{folder}", str(tmp_path)) for argument in arguments)
+    process = await launch(*base, *state, *given, **environment)
     _, err = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 2
-    assert err.decode().startswith(message)
-    assert err.count(b"\n") == 1
+    assert err.decode().startswith(message.replace("{folder}", str(tmp_path)))
+    assert err.count(b"\n") == 1 and b"secret" not in err
+    left = names_in(tmp_path) - before
+    assert not [name for name in left if not name.startswith(("store.db", "state", "xxx"))]
+    assert names_in(tmp_path / "state" / "usage") <= {"lock"}
 
 
-async def test_a_port_in_use_is_one_clear_line(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_port_in_use_is_one_clear_line(tmp_path: Path, workers: int) -> None:
+    with socket.create_server(("127.0.0.1", 0), reuse_port=True) as listener:
         port = str(listener.getsockname()[1])
         process = await launch(
             *("--controller-url", "http://127.0.0.1:1", "--port", port),
-            *("--store", f"sqlite+aiosqlite:///{tmp_path}/store.db"),
+            *("--store", f"sqlite+aiosqlite:///{tmp_path}/store.db", "--workers", str(workers)),
+            *("--state-dir", str(tmp_path / "state")),
             EXPERTMESH_MESH_TOKEN="x",
         )
         _, err = await asyncio.wait_for(process.communicate(), 60)

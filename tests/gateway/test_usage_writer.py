@@ -43,7 +43,7 @@ async def test_records_come_in_batches() -> None:
         writer.record(closed(number))
     running = asyncio.create_task(writer.run())
     await until(lambda: len(ledger.rows) == 1200)
-    assert ledger.batches == [200] * 6
+    assert ledger.batches == [256] * 4 + [176]
     assert writer.pending == 0
     running.cancel()
 

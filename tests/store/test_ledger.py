@@ -1,12 +1,18 @@
+import struct
 from dataclasses import replace
 from decimal import Decimal
+from random import Random
+from typing import Any
 
+import msgspec
 import pytest
 from tests.store.records import NOON_S, capacity_hold, usage_record
 
 from expertmesh.core.metering.usage import Outcome
+from expertmesh.errors import UpstreamUnavailable
 from expertmesh.store.database import Database
 from expertmesh.store.ledger import Ledger
+from expertmesh.store.usage_rows import MOST_ROWS
 
 
 async def test_a_record_comes_back_as_it_was(database: Database) -> None:
@@ -49,7 +55,8 @@ async def test_only_new_ids_are_added_and_the_first_record_of_an_id_stays(
     ledger = Ledger(database)
     first = usage_record("a", completion_tokens=1)
     assert await ledger.add_usage([first, usage_record("a", completion_tokens=2)]) == 1
-    assert await ledger.add_usage([replace(first, tenant="other"), usage_record("b")]) == 1
+    other = msgspec.structs.replace(first, tenant="other")
+    assert await ledger.add_usage([other, usage_record("b")]) == 1
     assert await ledger.add_usage([first, usage_record("b")]) == 0
     assert [record.request_id for record in await ledger.usage()] == ["a", "b"]
     assert (await ledger.usage())[0] == first
@@ -59,10 +66,70 @@ async def test_an_empty_batch_is_no_work(database: Database) -> None:
     assert await Ledger(database).add_usage([]) == 0
 
 
-async def test_a_batch_larger_than_one_statement(database: Database) -> None:
+@pytest.mark.parametrize(
+    "count", [1, 2, 3, MOST_ROWS - 1, MOST_ROWS, MOST_ROWS + 1, 11 * MOST_ROWS + 77]
+)
+async def test_a_batch_of_any_size_arrives_whole(database: Database, count: int) -> None:
     ledger = Ledger(database)
-    records = [usage_record(f"r{number:05}", NOON_S + number) for number in range(3_000)]
-    assert await ledger.add_usage(records) == 3_000
+    records = [usage_record(f"r{number:05}", NOON_S + number) for number in range(count)]
+    assert await ledger.add_usage(records[: count // 2]) == count // 2
+    assert await ledger.add_usage(records) == count - count // 2
+    assert await ledger.usage() == tuple(records)
+
+
+async def test_the_first_of_an_id_stays_wherever_in_a_batch_the_others_are(
+    database: Database,
+) -> None:
+    ledger = Ledger(database)
+    records = [usage_record(f"r{number:05}", NOON_S + number) for number in range(MOST_ROWS)]
+    again = [msgspec.structs.replace(record, tenant="other") for record in reversed(records)]
+    assert await ledger.add_usage([*records, *again, *records]) == MOST_ROWS
+    assert await ledger.usage() == tuple(records)
+
+
+@pytest.mark.parametrize("at", [0, MOST_ROWS - 1, 2 * MOST_ROWS + 5])
+@pytest.mark.parametrize(
+    "fault", [{"prompt_tokens": 2**63}, {"model": None}, {"tariff_usd": Decimal("NaN")}]
+)
+async def test_one_bad_row_takes_its_whole_batch_with_it(
+    database: Database, at: int, fault: dict[str, Any]
+) -> None:
+    ledger = Ledger(database)
+    await ledger.add_usage([usage_record("before", NOON_S - 1)])
+    records = [usage_record(f"r{number:05}") for number in range(3 * MOST_ROWS)]
+    records[at] = msgspec.structs.replace(records[at], **fault)
+    with pytest.raises(Exception) as refusal:
+        await ledger.add_usage(records)
+    assert not isinstance(refusal.value, UpstreamUnavailable)
+    assert await ledger.usage() == (usage_record("before", NOON_S - 1),)
+    del records[at]
+    assert await ledger.add_usage(records) == len(records)
+
+
+async def test_every_value_comes_back_as_it_was(database: Database) -> None:
+    records = (
+        usage_record("a", 0.1 + 0.2, tenant="tänt'); --", model='"$1"?', queue_s=5e-324),
+        usage_record("b", 1e9 + 1e-7, group="", ttft_s=None, prompt_tokens=2**63 - 1),
+        usage_record("c", 1e300, duration_s=2**-1074, pool="%s {0} :name \\"),
+        *(
+            usage_record(f"d{n}", 1.7976931348623157e308, outcome=outcome)
+            for n, outcome in enumerate(Outcome)
+        ),
+    )
+    ledger = Ledger(database)
+    assert await ledger.add_usage(records) == len(records)
+    assert await ledger.usage() == records
+
+
+async def test_no_bit_of_a_number_is_lost(database: Database) -> None:
+    random = Random(7)
+    records = []
+    for number in range(2 * MOST_ROWS):
+        (seconds,) = struct.unpack("=d", random.randbytes(7) + bytes([random.randrange(0x7F)]))
+        digits = Decimal(random.randrange(10**40)).scaleb(-random.randrange(60))
+        records.append(usage_record(f"r{number:05}", queue_s=seconds, tariff_usd=digits))
+    ledger = Ledger(database)
+    await ledger.add_usage(records)
     assert await ledger.usage() == tuple(records)
 
 

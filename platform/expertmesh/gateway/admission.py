@@ -189,7 +189,11 @@ class Admission:
         """Launch as many as find a rank, in the queue's order."""
         while (head := queue.head()) is not None:
             flight: Flight = head.call
-            candidate = self._view.choose(flight.call)
+            call = flight.call
+            candidate = self._view.choose(call)
+            if candidate is None and call.model.external:
+                # It came before its groups failed, or when no provider could take it.
+                candidate = self._view.choose_external(call, 0.0, False).candidate
             if candidate is None:
                 return
             queue.pop()
@@ -210,7 +214,7 @@ class Admission:
         if flight.state is State.QUEUED:
             self._left(flight)
         model = call.model
-        ready = self._view.is_ready(model.name)
+        ready = self._view.answers(model.name)
         if not ready and reason == "queue_timeout":
             reason = "no_capacity"
         call.dropped_reason = reason

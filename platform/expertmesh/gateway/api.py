@@ -39,9 +39,10 @@ class Endpoint:
 _TOKENIZE = Endpoint("tokenize", "/tokenize", Answer.WHOLE, metered=False)
 _DETOKENIZE = Endpoint("detokenize", "/detokenize", Answer.WHOLE, metered=False)
 
+CHAT_PATH = "/v1/chat/completions"
 # An allow-list: what vLLM serves beside these never gets out.
 ENDPOINTS = {
-    "/v1/chat/completions": Endpoint("chat_completions", "/v1/chat/completions", Answer.CHAT),
+    CHAT_PATH: Endpoint("chat_completions", CHAT_PATH, Answer.CHAT),
     "/v1/completions": Endpoint("completions", "/v1/completions", Answer.CHAT),
     "/v1/responses": Endpoint("responses", "/v1/responses", Answer.RESPONSES),
     "/v1/messages": Endpoint("messages", "/v1/messages", Answer.MESSAGES, Protocol.ANTHROPIC),

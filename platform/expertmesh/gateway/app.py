@@ -119,8 +119,8 @@ class Gateway:
 
     def handle(self, request: Request, client: ClientConnection) -> None:
         try:
-            if request.headers.origin is not None:
-                request.extra_lines = self.cors.lines(request.headers.origin)
+            if request.headers.origin is not None and self._preflight(request, client):
+                return
             endpoint = ENDPOINTS.get(request.path)
             if endpoint is not None:
                 self._serve(endpoint, request, client)
@@ -137,6 +137,8 @@ class Gateway:
     def refuse(self, request: Request, client: ClientConnection, error: ApiError) -> None:
         endpoint = ENDPOINTS.get(request.path)
         name = endpoint.name if endpoint is not None else "other"
+        if request.headers.origin is not None:
+            request.extra_lines = self.cors.lines(request.headers.origin)
         request_id = request.headers.request_id or self._ids.new()
         self._metrics.refused(name, error.status)
         self._access_log.refused(request_id, name, error.status, error.message)
@@ -161,7 +163,7 @@ class Gateway:
             return
         view = self._view
         model = view.models.get(question.model)
-        if model is None or not caller.may_use(model.name):
+        if model is None or not (caller.may_use(model.name) or caller.may_use(question.model)):
             error = (
                 _NO_FLEET_YET
                 if view.fleet is None
@@ -237,13 +239,18 @@ class Gateway:
 
     # Everything else.
 
+    def _preflight(self, request: Request, client: ClientConnection) -> bool:
+        """True when a browser has asked what it may ask, and has been told."""
+        origin = request.headers.origin
+        assert origin is not None
+        request.extra_lines = self.cors.lines(origin)
+        preflight = self.cors.preflight(origin) if request.method == b"OPTIONS" else b""
+        if preflight:
+            client.send_whole(204, preflight, b"")
+        return bool(preflight)
+
     def _other(self, request: Request, client: ClientConnection) -> None:
         path = request.path
-        if request.method == b"OPTIONS" and request.headers.origin is not None:
-            preflight = self.cors.preflight(request.headers.origin)
-            if preflight:
-                client.send_whole(204, preflight, b"")
-                return
         if path == ADMIN_PATH or path.startswith(ADMIN_PATH + "/"):
             self._administer(request, client)
             return

@@ -1,5 +1,6 @@
 """One request from acceptance to settlement: what was asked, and what became of it."""
 
+import re
 from typing import Any
 
 import msgspec
@@ -9,7 +10,7 @@ from expertmesh.core.domain.tenant import Caller
 from expertmesh.core.metering.usage import Outcome
 from expertmesh.core.routing.candidate import Attempt, Candidate
 from expertmesh.core.routing.work import Sent
-from expertmesh.gateway.api import Answer, ApiError, Endpoint
+from expertmesh.gateway.api import CHAT_PATH, Answer, ApiError, Endpoint
 from expertmesh.gateway.event_stream import EventStream
 from expertmesh.gateway.headers import ClientHeaders
 from expertmesh.gateway.usage import TokenCount
@@ -20,8 +21,8 @@ _GUESSED_COMPLETION_TOKENS = 256
 """For rates and load figures only, where a request names no limit; money is reserved in full."""
 _TEMPLATE_TOKENS = 256
 """What a chat template may add to a prompt beyond the bytes of the request, tools included."""
-_MOST_SEQUENCES = 128
-"""vLLM's own bound of `n` is far lower; an absurd number must not overflow a reservation."""
+_MOST_SEQUENCES = 16_384
+"""For one prompt; vLLM refuses more."""
 
 _ABSENT = msgspec.Raw(b"")
 _NULL = msgspec.Raw(b"null")
@@ -63,6 +64,9 @@ _decode_metadata = msgspec.json.Decoder(_Metadata).decode
 _decode_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _INCLUDE_USAGE = b'"stream_options":{"include_usage":true}'
+# No encoder writes plain letters so; in this way a mark could hide.
+_HIDDEN_LETTER = re.compile(rb"\\u00(?:[46][1-9a-fA-F]|[57][0-9aA]|5[fF])")
+_TYPE = b'"type"'
 _MEDIA = (b"image_url", b"input_image", b"video_url", b"input_audio", b"audio_url", b'"image"')
 
 
@@ -77,8 +81,9 @@ class Question(msgspec.Struct, frozen=True, gc=False):
     """The gateway has added the wish for the usage event, which the client must not see."""
     max_tokens: int | None
     """Of one sequence; None when the client names no limit."""
+    prompts: int
     sequences: int
-    """Completions that the engine makes for this request."""
+    """Completions that the engine makes for this request, over all prompts."""
     prompt: msgspec.Raw
     """Where prompts begin alike, so do these bytes."""
     session: bytes | None
@@ -118,33 +123,56 @@ def read_question(
         injected = _with_usage(body, ask.stream_options)
         asks_usage = injected is not body
         body = injected
-    limit = ask.max_completion_tokens or ask.max_tokens or ask.max_output_tokens
+    whole = endpoint.answer is Answer.WHOLE
+    limit = _token_limit(endpoint, ask)
+    prompts = 1
+    several = ask.input if whole else ask.prompt
+    if bytes(memoryview(several)[:1]) == b"[":
+        prompts = _prompts(several)
+    sequences = 0 if whole else prompts
+    if ask.n is not None or ask.best_of is not None:
+        sequences *= min(max(1, _number(ask.n), _number(ask.best_of)), _MOST_SEQUENCES)
     return Question(
         body,
         ask.model,
-        bool(ask.stream),
+        bool(ask.stream) and not whole,
         asks_usage,
         limit if type(limit) is int and limit > 0 else None,
-        _sequences(ask),
+        prompts,
+        sequences,
         ask.messages or ask.prompt or ask.input,
         session or _session(ask),
     )
 
 
-def _sequences(ask: _Ask) -> int:
-    count = 1
-    if ask.n is not None or ask.best_of is not None:
-        asked = [value for value in (ask.n, ask.best_of) if type(value) is int]
-        count = max(1, *asked) if asked else 1
-    if bytes(memoryview(ask.prompt)[:1]) == b"[":
-        # Several prompts, unless it is one prompt of token numbers.
-        try:
-            prompts = _decode_list(ask.prompt)
-        except _UNREADABLE:
-            prompts = []
-        if prompts and bytes(memoryview(prompts[0])[:1]) in (b'"', b"["):
-            count *= len(prompts)
-    return min(count, _MOST_SEQUENCES)
+def _token_limit(endpoint: Endpoint, ask: _Ask) -> Any:
+    """The field that the engine heeds at this endpoint: any other limits nothing."""
+    if endpoint.answer is Answer.RESPONSES:
+        return ask.max_output_tokens
+    if ask.max_completion_tokens is not None and endpoint.path == CHAT_PATH:
+        return ask.max_completion_tokens
+    return ask.max_tokens
+
+
+def _prompts(several: msgspec.Raw) -> int:
+    """Of a list: so many as it has texts or lists, or one that is given as token numbers."""
+    try:
+        prompts = _decode_list(several)
+    except _UNREADABLE:
+        return 1
+    if prompts and bytes(memoryview(prompts[0])[:1]) in (b'"', b"["):
+        return len(prompts)
+    return 1
+
+
+def _number(value: Any) -> int:
+    """As leniently as vLLM reads it; what it refuses counts as 1."""
+    if type(value) is int:
+        return value
+    try:
+        return int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        return 1
 
 
 def _session(ask: _Ask) -> bytes | None:
@@ -244,14 +272,18 @@ class Call(msgspec.Struct, eq=False):
     def most_prompt_tokens(self) -> int:
         """Never below what the engine will count: no token of text is shorter than a byte."""
         body = self.question.body
-        most = self.model.max_model_len
+        most = self.model.max_model_len * self.question.prompts
         size = len(body) + _TEMPLATE_TOKENS
-        if size < most:
+        if size >= most:
+            return most
+        # Parts that are no text have a type, and their tokens nothing to do with their bytes.
+        if _TYPE in body:
             for mark in _MEDIA:
                 if mark in body:
                     return most
-            return size
-        return most
+        if b"\\u00" in body and _HIDDEN_LETTER.search(body):
+            return most
+        return size
 
     @property
     def most_completion_tokens(self) -> int:

@@ -41,6 +41,10 @@ _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 _SCREENED_BODY_BYTES: Final = 16 * 1024
 """A longer body is taken only after its head has been found good."""
 _MOST_PIPELINED: Final = 32
+_MOST_WAITING_BYTES: Final = 1024 * 1024
+"""Of bodies behind the request under way; beyond either no more is read."""
+_WIRE_BYTES_OF_A_BYTE: Final = 6
+"""A chunk of one byte has that many."""
 _LINGER_BYTES: Final = 32 * 1024 * 1024
 _LINGER_S: Final = 2.0
 """So much of a refused body is still taken off the wire: a client that is cut off while it sends
@@ -109,11 +113,12 @@ class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_active",
         "_arrived",
-        "_body_parts",
-        "_body_size",
+        "_body",
         "_chunked",
         "_closing",
         "_connections",
+        "_fed_size",
+        "_first_size",
         "_handler",
         "_head_done",
         "_head_size",
@@ -133,6 +138,7 @@ class ClientConnection(asyncio.Protocol):
         "_transport",
         "_turning",
         "_url",
+        "_wire_size",
         "gone",
         "watcher",
     )
@@ -156,10 +162,16 @@ class ClientConnection(asyncio.Protocol):
         self._active: Request | None = None
         self._url = b""
         self._raw_headers: list[tuple[bytes, bytes]] = []
-        self._body_parts: list[bytes] = []
-        self._body_size = 0
+        self._body: bytes | bytearray = b""
         self._head_done = False
+        self._fed_size = 0
+        """Of what has come last."""
+        self._first_size = 0
+        """Of that in which the request began; other requests may be in it."""
         self._head_size = 0
+        """Of the head, as far as it came later than that."""
+        self._wire_size = 0
+        """Of what came after the head."""
         self._turning = False
         self._streaming = False
         self._chunked = False
@@ -186,7 +198,7 @@ class ClientConnection(asyncio.Protocol):
         self._connections.discard(self)
         self._arrived.clear()
         self._receiving = None
-        self._body_parts = []
+        self._body = b""
         watcher, self.watcher = self.watcher, None
         if watcher is not None:
             watcher.client_gone()
@@ -203,6 +215,8 @@ class ClientConnection(asyncio.Protocol):
         self._stuck_since_s = None
         if self.watcher is not None:
             self.watcher.client_drained()
+        if self._arrived and not self._turning:
+            self._turn()
 
     def data_received(self, data: bytes) -> None:
         if self._input_ended:
@@ -210,8 +224,12 @@ class ClientConnection(asyncio.Protocol):
             if self._lingered > _LINGER_BYTES:
                 self._transport.abort()
             return
-        if not self._head_done:
-            self._head_size += len(data)
+        size = self._fed_size = len(data)
+        if self._receiving is not None:
+            if self._head_done:
+                self._wire_size += size
+            else:
+                self._head_size += size
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -220,21 +238,31 @@ class ClientConnection(asyncio.Protocol):
             self._input_ended = True
         except httptools.HttpParserError as error:
             # What stood whole before the fault is answered first.
-            self._refuse(ApiError(400, f"The request is no valid HTTP/1.1: {_reason(error)}."))
+            refused = self._receiving.refusal if self._receiving is not None else None
+            self._refuse(
+                refused or ApiError(400, f"The request is no valid HTTP/1.1: {_reason(error)}.")
+            )
             return
         receiving = self._receiving
         if receiving is not None:
-            if not self._head_done and self._head_size > self._limits.head_bytes:
-                self._refuse(self._head_too_large())
-                return
             if receiving.refusal is not None:
                 self._refuse(receiving.refusal)
                 return
-        if self._arrived and not self._turning:
-            self._turn()
-        if len(self._arrived) > _MOST_PIPELINED and not self._paused_reading and not self.gone:
-            self._paused_reading = True
-            self._transport.pause_reading()
+            if not self._head_done:
+                if self._head_size > self._limits.head_bytes:
+                    self._refuse(self._head_too_large())
+                    return
+            elif receiving.headers.chunked and self._framing_too_large():
+                self._refuse(
+                    ApiError(431, "The request's chunks have far more around them than in them.")
+                )
+                return
+        if self._arrived:
+            if not self._turning:
+                self._turn()
+            if not self._paused_reading and not self._closing and self._backlog_full():
+                self._paused_reading = True
+                self._transport.pause_reading()
 
     # The parser calls these.
 
@@ -243,8 +271,9 @@ class ClientConnection(asyncio.Protocol):
         self._head_done = False
         self._url = b""
         self._raw_headers = []
-        self._body_parts = []
-        self._body_size = 0
+        self._body = b""
+        self._first_size = self._fed_size
+        self._head_size = self._wire_size = 0
         self._since_s = self._now_s()
 
     def on_url(self, url: bytes) -> None:
@@ -289,21 +318,22 @@ class ClientConnection(asyncio.Protocol):
         request = self._receiving
         if request is None or request.refusal is not None:
             return
-        self._body_size += len(body)
-        if self._body_size > self._limits.body_bytes:
-            self._body_parts = []
+        if not self._body:
+            self._body = body
+        else:
+            if type(self._body) is bytes:
+                self._body = bytearray(self._body)
+            self._body += body
+        if len(self._body) > self._limits.body_bytes:
+            self._body = b""
             request.refusal = self._body_too_large()
-            return
-        self._body_parts.append(body)
 
     def on_message_complete(self) -> None:
         request = self._receiving
         assert request is not None
         self._receiving = None
-        parts = self._body_parts
-        request.body = parts[0] if len(parts) == 1 else b"".join(parts)
-        self._body_parts = []
-        self._head_size = 0
+        request.body = bytes(self._body)
+        self._body = b""
         self._arrived.append(request)
 
     # The handler calls these.
@@ -403,6 +433,10 @@ class ClientConnection(asyncio.Protocol):
         elif self._linger_until_s is not None:
             if now_s > self._linger_until_s:
                 self._transport.abort()
+        elif self._closing and self._active is None:
+            # The last bytes of an answer may be too few to make the connection full.
+            if now_s - self._idle_since_s > limits.client_stall_timeout_s:
+                self._transport.abort()
         elif self._receiving is not None and self._active is None:
             allowed_s = limits.body_timeout_s if self._head_done else limits.head_timeout_s
             if now_s - self._since_s > allowed_s:
@@ -410,11 +444,7 @@ class ClientConnection(asyncio.Protocol):
                 self._refuse(
                     ApiError(408, f"The request's {part} was not whole after {allowed_s:g} s.")
                 )
-        elif (
-            self._active is None
-            and not self._closing
-            and now_s - self._idle_since_s > limits.keep_alive_s
-        ):
+        elif self._active is None and now_s - self._idle_since_s > limits.keep_alive_s:
             self.close()
 
     # Inside.
@@ -428,7 +458,7 @@ class ClientConnection(asyncio.Protocol):
                 f"The request has {len(raw)} header fields; "
                 f"at most {self._limits.headers} are accepted.",
             )
-        if self._head_size > self._limits.head_bytes:
+        if self._first_size + self._head_size > self._limits.head_bytes:
             # A part of the body may have come with the head.
             head_bytes = len(self._url) + sum(len(name) + len(value) + 4 for name, value in raw)
             if head_bytes > self._limits.head_bytes:
@@ -438,6 +468,8 @@ class ClientConnection(asyncio.Protocol):
                 return ApiError(400, "An HTTP/1.1 request has one Host header, not more or none.")
             if headers.transfer_encodings and not headers.chunked:
                 return ApiError(501, "Of the transfer encodings only 'chunked' is offered.")
+        elif request.version != "1.0":
+            return ApiError(400, "Of HTTP only the versions 1.1 and 1.0 are spoken here.")
         elif headers.transfer_encodings:
             return ApiError(400, "HTTP/1.0 has no transfer encodings.")
         if headers.unknown_expectation:
@@ -445,10 +477,16 @@ class ClientConnection(asyncio.Protocol):
         return None
 
     def _turn(self) -> None:
-        """Hand over requests, one after the other: the next when the one before is answered."""
+        """Hand over requests, one after the other: the next when the one before is answered and
+        the client takes its answers."""
         self._turning = True
         try:
-            while self._arrived and self._active is None and not self._closing:
+            while (
+                self._arrived
+                and self._active is None
+                and not self._closing
+                and self._stuck_since_s is None
+            ):
                 request = self._arrived.popleft()
                 self._active = request
                 if request.refusal is not None:
@@ -463,6 +501,7 @@ class ClientConnection(asyncio.Protocol):
         request = self._active
         self._active = None
         self.watcher = None
+        self._idle_since_s = self._now_s()
         if self._closing or (request is not None and not request.keep_alive):
             self._closing = True
             if self._input_ended:
@@ -470,8 +509,7 @@ class ClientConnection(asyncio.Protocol):
             else:
                 self._transport.close()
             return
-        self._idle_since_s = self._now_s()
-        if self._paused_reading and len(self._arrived) <= _MOST_PIPELINED // 2:
+        if self._paused_reading and not self._backlog_full():
             self._paused_reading = False
             self._transport.resume_reading()
         if self._arrived and not self._turning:
@@ -482,12 +520,24 @@ class ClientConnection(asyncio.Protocol):
         the requests before it."""
         request = self._receiving or Request()
         self._receiving = None
-        self._body_parts = []
+        self._body = b""
         self._input_ended = True
         request.refusal = error
         self._arrived.append(request)
         if not self._turning:
             self._turn()
+
+    def _backlog_full(self) -> bool:
+        arrived = self._arrived
+        return (
+            len(arrived) > _MOST_PIPELINED
+            or sum(len(request.body) for request in arrived) > _MOST_WAITING_BYTES
+        )
+
+    def _framing_too_large(self) -> bool:
+        """Chunk extensions and trailers are dropped, but they do not come without end."""
+        allowed = _WIRE_BYTES_OF_A_BYTE * len(self._body) + self._limits.head_bytes
+        return self._wire_size > allowed
 
     def _linger(self) -> None:
         """The client sees the end of the answer at once; its own bytes are taken a little longer,

@@ -7,9 +7,11 @@ from expertmesh.gateway.usage import TokenCount, read_usage
 
 # Quotes and line feeds inside a JSON string are escaped, so that no text that a model writes can
 # look like one of these or like the beginning of an event.
-_USAGE = b'"usage":{'
-_NO_CHOICES = b'"choices":[]'
-_ROLE = b'"role":"assistant"'
+_USAGE = b'"usage"'
+# vLLM writes without spaces, some providers with one after each colon.
+_TOLD_USAGE = (b'"usage":{', b'"usage": {')
+_NO_CHOICES = (b'"choices":[]', b'"choices": []')
+_ROLE = (b'"role":"assistant"', b'"role": "assistant"')
 """Only the first event of a chat completion says it, before any token."""
 _COMMENT = b":"
 
@@ -84,6 +86,8 @@ class EventStream:
         if self._tail:
             chunk = self._tail + chunk
             self._tail = b""
+        if b"\r" in chunk:
+            chunk = chunk.replace(b"\r\n", b"\n")
         if not chunk.endswith(b"\n\n"):
             cut = chunk.rfind(b"\n\n") + 2
             if cut == 1:
@@ -118,8 +122,8 @@ class EventStream:
             if event.startswith(dialect.error):
                 self.error = _data(event)
                 break
-            has_usage = _USAGE in event
-            no_choices = has_usage and _NO_CHOICES in event
+            has_usage = _has(event, _TOLD_USAGE)
+            no_choices = has_usage and _has(event, _NO_CHOICES)
             if has_usage:
                 self._keep_usage(_data(event))
                 if no_choices and self._strip_usage:
@@ -131,7 +135,7 @@ class EventStream:
             if event.startswith(dialect.preliminary):
                 continue
             self.started = True
-            if not no_choices and _ROLE not in event and dialect.token in event + b"\n\n":
+            if not no_choices and not _has(event, _ROLE) and dialect.token in event + b"\n\n":
                 self.tokens_seen += 1
         return b"\n\n".join(passed) + b"\n\n" if passed else b""
 
@@ -141,6 +145,10 @@ class EventStream:
             self._usage_data.append(data)
         else:
             self._usage_data[1] = data
+
+
+def _has(event: bytes, forms: tuple[bytes, bytes]) -> bool:
+    return forms[0] in event or forms[1] in event
 
 
 def _data(event: bytes) -> bytes:

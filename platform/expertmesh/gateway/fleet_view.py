@@ -8,7 +8,7 @@ from expertmesh.core.domain.fleet import Fleet, Group, GroupLoad, GroupState, Se
 from expertmesh.core.routing.aliases import models_by_name
 from expertmesh.core.routing.candidate import Candidate
 from expertmesh.core.routing.external import ExternalAsk, ExternalChoice
-from expertmesh.core.routing.health import Evidence
+from expertmesh.core.routing.health import Evidence, RankState
 from expertmesh.core.routing.prefix import prefix_blocks
 from expertmesh.core.routing.router import Router
 from expertmesh.gateway.call import Call
@@ -106,6 +106,18 @@ class FleetView:
     def is_ready(self, model: str) -> bool:
         return self._router.is_ready(model)
 
+    def answers(self, model: str) -> bool:
+        """A rank of a ready group is not ejected: whoever waits will be served."""
+        if not self._router.is_ready(model):
+            return False
+        health = self._router.health
+        return health.all_healthy or any(
+            health.state(rank.base_url) is not RankState.EJECTED
+            for group in self.groups_of(model)
+            if group.state is GroupState.READY
+            for rank in group.ranks
+        )
+
     def groups_of(self, model: str) -> tuple[Group, ...]:
         groups = self.fleet.groups if self.fleet is not None else ()
         return tuple(group for group in groups if group.model == model)
@@ -138,7 +150,7 @@ class FleetView:
             endpoint=call.endpoint.name,
             prompt_tokens=call.prompt_guess,
             completion_tokens=call.question.guessed_completion_tokens,
-            ready=self.is_ready(call.model.name),
+            ready=self.answers(call.model.name),
             expected_wait_s=expected_wait_s,
             groups_failed=groups_failed,
         )

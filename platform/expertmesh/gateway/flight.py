@@ -290,6 +290,7 @@ class Flight:
         self._size = 0
         self._head = None
         self._mode = _Mode.WHOLE
+        self.call.events = None
         limits = relay.limits
         self.since_s = relay.now_s()
         self.limit_s = (
@@ -351,7 +352,7 @@ class Flight:
             pass  # the request itself is at fault
         elif is_gone(head, error):
             failure = failure_of(candidate.group, head, error)
-            busy = head.status in (408, 429)
+            busy = head.status in (408, 429, 503)
             self._attempt_failed(failure, Evidence.BUSY if busy else Evidence.SERVER_ERROR)
             return
         if head.status == 404 and error.message == _NO_ROUTE:

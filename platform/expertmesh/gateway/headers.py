@@ -1,5 +1,6 @@
 """The few header fields that matter, found in one pass."""
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Final
@@ -51,6 +52,7 @@ _WANTED: Final = FORWARDED | {
     b"x-request-id",
     b"x-session-id",
     b"x-stainless-read-timeout",
+    b"x-stainless-timeout",
 }
 
 
@@ -90,8 +92,11 @@ def _read_rarer(found: ClientHeaders, name: bytes, value: bytes) -> None:
         found.session = value[:256] or None
     elif name == b"content-encoding":
         found.content_encoding = value.strip().lower()
-    elif name == b"x-stainless-read-timeout":
-        found.read_timeout_s = _positive(value)
+    elif name == b"x-stainless-read-timeout" or name == b"x-stainless-timeout":
+        # The second is what the official clients for JavaScript send.
+        timeout_s = _positive(value)
+        if timeout_s is not None and timeout_s < (found.read_timeout_s or math.inf):
+            found.read_timeout_s = timeout_s
     elif name == b"expect":
         found.expects_continue = value.strip().lower() == b"100-continue"
         found.unknown_expectation = not found.expects_continue

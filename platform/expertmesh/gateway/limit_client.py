@@ -5,7 +5,7 @@ import logging
 import time
 from collections import deque
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 
@@ -37,7 +37,7 @@ _RETRY_PAUSE_S = 0.1
 _CONNECT_TIMEOUT_S = 1.0
 _SECOND_LOOK_S = 0.01
 _MOST_UNSETTLED = 100_000
-"""Some 30 MB; what is dropped stays as estimated."""
+"""Some 60 MB; what is dropped stays as estimated."""
 
 _UNLIMITED = Reserved(None)
 
@@ -60,7 +60,7 @@ class SharedLimiter:
         self._unavailable: Final = unavailable(on_unavailable)
         self._timeout_s: Final = timeout_s
         self._connection: _Connection | None = None
-        """Only when the server has greeted."""
+        """Only when the server takes reservations."""
         self._server: str | None = None
         self._seq = 0
         self._asked: dict[int, tuple[asyncio.Future[Reserved | Refused], Reserve, float]] = {}
@@ -68,6 +68,8 @@ class SharedLimiter:
         self._open: dict[str, tuple[tuple[Account, ...], Reserve]] = {}
         self._unsettled: deque[Settle] = deque()
         """Not yet acknowledged, in order; the server takes repetitions."""
+        self._settling: dict[str, tuple[tuple[Account, ...], Reserve]] = {}
+        """What the unsettled ones had reserved."""
         self._handles: dict[str, tuple[int, Limits]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._settled_by_s: float | None = None
@@ -114,7 +116,9 @@ class SharedLimiter:
     def settle(self, reservation_id: str, tokens: int, pico_usd: int, now_s: float) -> None:
         """What is not open at the server has nothing to settle there: unlimited, or let in while it
         was away."""
-        if self._open.pop(reservation_id, None) is not None:
+        reserved = self._open.pop(reservation_id, None)
+        if reserved is not None:
+            self._settling[reservation_id] = reserved
             self._settle(reservation_id, tokens, pico_usd, now_s)
 
     async def run(self) -> None:
@@ -179,12 +183,15 @@ class SharedLimiter:
                 raise
         return connection.lost
 
-    def _welcome(self, server: str, connection: "_Connection") -> None:
-        """First what was open at a server that is gone, then what is not settled, in order."""
-        self._connection = connection
+    def _welcome(self, welcome: Welcome, connection: "_Connection") -> None:
+        """First what was open at a server that is gone, then what is not settled, in order.
+
+        What was settled at its end is told as open too. Whether the ledger had it when the new one
+        read it nobody knows: a budget may be charged twice for it, and is never overspent.
+        """
         self._handles.clear()
-        if self._server is not None and server != self._server:
-            for accounts, question in self._open.values():
+        if self._server is not None and welcome.server != self._server:
+            for accounts, question in (*self._settling.values(), *self._open.values()):
                 connection.send(
                     Adopt(
                         question.reservation_id,
@@ -194,9 +201,22 @@ class SharedLimiter:
                         question.now_s,
                     )
                 )
-        self._server = server
+        self._server = welcome.server
         for settlement in self._unsettled:
             connection.send(settlement)
+        if welcome.wait_s > 0:
+            connection.loop.call_later(welcome.wait_s, self._begin, connection, self._seq)
+        else:
+            self._begin(connection, self._seq)
+
+    def _begin(self, connection: "_Connection", told_seq: int) -> None:
+        """Reservations may be asked for; settlements up to `told_seq` have been told."""
+        if connection.is_lost:
+            return
+        self._connection = connection
+        for settlement in self._unsettled:
+            if settlement.seq > told_seq:
+                connection.send(settlement)
         self._expect(connection)
         self._changed.set()
 
@@ -237,7 +257,7 @@ class SharedLimiter:
             elif isinstance(answer, Done):
                 unsettled = self._unsettled
                 while unsettled and unsettled[0].seq <= answer.seq:
-                    unsettled.popleft()
+                    self._settling.pop(unsettled.popleft().reservation_id, None)
                 self._settled_by_s = None
                 if unsettled and self._connection is not None:
                     self._expect(self._connection)
@@ -248,7 +268,7 @@ class SharedLimiter:
             seq, reservation_id, min(tokens, MOST_INTEGER), min(pico_usd, MOST_INTEGER), now_s
         )
         if len(self._unsettled) >= _MOST_UNSETTLED:
-            self._unsettled.popleft()
+            self._settling.pop(self._unsettled.popleft().reservation_id, None)
             self.dropped_settlements += 1
         self._unsettled.append(settlement)
         connection = self._connection
@@ -329,8 +349,8 @@ class _Connection(asyncio.Protocol):
         self._outgoing: list[Question] = []
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports do not inherit from asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
@@ -340,6 +360,10 @@ class _Connection(asyncio.Protocol):
             self.greeted.exception()  # Whoever waited may have given up: that is no fault.
         if not self.lost.done():
             self.lost.set_result(None)
+
+    @property
+    def is_lost(self) -> bool:
+        return self._transport is None
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -355,7 +379,7 @@ class _Connection(asyncio.Protocol):
             for payload in self._reader.feed(data):
                 answers = decode_answers(payload)
                 if answers and isinstance(answers[0], Welcome):
-                    self._limiter._welcome(answers[0].server, self)
+                    self._limiter._welcome(answers[0], self)
                     if not self.greeted.done():
                         self.greeted.set_result(None)
                 self._limiter._answered(answers)

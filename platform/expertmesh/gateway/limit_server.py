@@ -8,7 +8,7 @@ import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 import msgspec
 
@@ -44,15 +44,20 @@ _MOST_UNREAD_BYTES = 64 * 1024 * 1024
 
 
 class LimitServer:
-    def __init__(self, book: LimitBook, path: Path, grace_s: float = 5.0) -> None:
+    def __init__(
+        self, book: LimitBook, path: Path, grace_s: float = 5.0, adopt_s: float = 0.0
+    ) -> None:
         """The book has been seeded with what was spent before.
 
         A worker whose connection is lost may come back within `grace_s`; after that its open
-        reservations stay as estimated.
+        reservations stay as estimated. Workers of an earlier server have `adopt_s` from the start
+        to tell what is open, before anything is granted.
         """
         self.book: Final = book
         self._path: Final = path
         self._grace_s: Final = grace_s
+        self._adopt_s: Final = adopt_s
+        self._grants_from_s = 0.0
         self._id: Final = uuid.uuid4().hex
         self._workers: dict[str, _Worker] = {}
         self._connections: set[_Connection] = set()
@@ -61,9 +66,9 @@ class LimitServer:
 
     async def start(self) -> None:
         """Raises SetupError when the socket cannot be made, or is another server's."""
-        _make_folder(self._path.parent)
-        await asyncio.to_thread(_remove_stale, self._path)
+        await free_place(self._path)
         loop = asyncio.get_running_loop()
+        self._grants_from_s = loop.time() + self._adopt_s
         self._server = await loop.create_unix_server(
             lambda: _Connection(self), sock=_listener(self._path), backlog=1024
         )
@@ -145,8 +150,8 @@ class _Connection(asyncio.Protocol):
         self._accounts: dict[tuple[int, ...], tuple[Account, ...]] = {}
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports do not inherit from asyncio's.
+        self._transport = cast(asyncio.Transport, transport)
         self._server._connections.add(self)
         if self._server._server is None:
             transport.abort()  # It was accepted while the server closed.
@@ -182,7 +187,8 @@ class _Connection(asyncio.Protocol):
         """The number of a call that is done."""
         if isinstance(question, Hello):
             self._worker = self._server._worker(question.worker, self)
-            answers.append(Welcome(self._server._id))
+            wait_s = self._server._grants_from_s - asyncio.get_running_loop().time()
+            answers.append(Welcome(self._server._id, max(0.0, wait_s)))
             return None
         worker = self._worker
         if worker is None:
@@ -237,6 +243,13 @@ class _Connection(asyncio.Protocol):
             accounts = tuple(self._handles[handle] for handle in handles)
             self._accounts[handles] = accounts
         return accounts
+
+
+async def free_place(path: Path) -> None:
+    """Makes the socket's folder and removes what a killed server left there. Raises SetupError
+    when no server can have its socket there."""
+    _make_folder(path.parent)
+    await asyncio.to_thread(_remove_stale, path)
 
 
 def _make_folder(folder: Path) -> None:

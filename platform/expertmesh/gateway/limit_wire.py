@@ -63,6 +63,8 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag=0):
     """Answer to Hello. `server` is unique per start of a server."""
 
     server: str
+    wait_s: float = 0.0
+    """Reserve nothing for so long: other workers still tell what is open."""
 
 
 class Granted(msgspec.Struct, frozen=True, array_like=True, tag=1):

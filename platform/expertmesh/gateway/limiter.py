@@ -22,6 +22,11 @@ _EXPIRE_PERIOD_S = 1.0
 class Limiter(Protocol):
     """Neither `reserve` nor `settle` raises, whatever is away."""
 
+    @property
+    def connected(self) -> bool:
+        """Limits can be read."""
+        ...
+
     def reserve(
         self,
         reservation_id: str,
@@ -82,6 +87,10 @@ class LocalLimiter:
     def __init__(self, book: LimitBook) -> None:
         """The book has been seeded with what was spent before."""
         self.book: Final = book
+
+    @property
+    def connected(self) -> bool:
+        return True
 
     def reserve(
         self,

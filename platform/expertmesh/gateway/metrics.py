@@ -11,9 +11,11 @@ from expertmesh.telemetry.shared_tally import TallyCollector, TallyFolder
 from expertmesh.telemetry.tally import CounterChild, Tally
 
 if TYPE_CHECKING:
+    from expertmesh.gateway.access_log import AccessLog
     from expertmesh.gateway.admission import Admission
     from expertmesh.gateway.fleet_view import FleetView
     from expertmesh.gateway.relay import Relay
+    from expertmesh.gateway.usage_writer import UsageWriter
 
 _WRITE_PERIOD_S: Final = 1.0
 
@@ -101,8 +103,15 @@ class GatewayMetrics:
 
     # Called for exposition.
 
-    def show(self, view: "FleetView", admission: "Admission", relay: "Relay") -> None:
-        """Sets the gauges of these now."""
+    def show(
+        self,
+        view: "FleetView",
+        admission: "Admission",
+        relay: "Relay",
+        writer: "UsageWriter",
+        access_log: "AccessLog",
+    ) -> None:
+        """Sets the metrics that these keep themselves."""
         self.in_flight.clear()
         for name, count in view.groups.items():
             self.in_flight.labels(count.model, name, count.pool).set(count.in_flight)
@@ -115,10 +124,20 @@ class GatewayMetrics:
         self.upstream_connections.labels("idle").set(relay.pool.idle_connections)
         busy = sum(count.in_flight for count in view.groups.values())
         self.upstream_connections.labels("busy").set(busy)
+        self.usage_pending.set(writer.pending)
+        self.usage_given_up.value = writer.given_up
+        self.access_log_dropped.value = access_log.dropped
 
-    def watch(self, view: "FleetView", admission: "Admission", relay: "Relay") -> None:
+    def watch(
+        self,
+        view: "FleetView",
+        admission: "Admission",
+        relay: "Relay",
+        writer: "UsageWriter",
+        access_log: "AccessLog",
+    ) -> None:
         """From now on, `show` these whenever values are read or written for the other workers."""
-        self._collector.refresh = lambda: self.show(view, admission, relay)
+        self._collector.refresh = lambda: self.show(view, admission, relay, writer, access_log)
 
     async def run(self) -> None:
         """Keeps the other workers behind the port informed."""

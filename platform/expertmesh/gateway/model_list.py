@@ -35,7 +35,7 @@ class ModelList:
 
     def unknown(self, name: str, caller: Caller) -> ApiError:
         """The same for a model that does not exist and for one that the key may not use."""
-        known = [each for each in self._view.names if caller.may_use(each)]
+        known = [each for each in sorted(self._view.models) if self._may_see(each, caller)]
         return ApiError(
             404,
             f"The model '{name[:200]}' does not exist, or this key may not use it; there are: "
@@ -45,7 +45,8 @@ class ModelList:
         )
 
     def _may_see(self, name: str, caller: Caller) -> bool:
-        return caller.may_use(self._view.models[name].name)
+        """A key may be for a model, by all its names, or for one of its aliases alone."""
+        return caller.may_use(self._view.models[name].name) or caller.may_use(name)
 
     def _describe(self, protocol: Protocol, name: str) -> dict[str, Any]:
         if protocol is Protocol.ANTHROPIC:

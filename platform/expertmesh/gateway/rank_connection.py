@@ -8,6 +8,7 @@ from typing import Final, Protocol, cast
 from urllib.parse import urlsplit
 
 import httptools
+import msgspec
 
 _MOST_IDLE: Final = 256
 """Idle connections kept to one rank."""
@@ -28,8 +29,7 @@ class Origin:
         return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls)
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerHead:
+class AnswerHead(msgspec.Struct, frozen=True, gc=False):
     status: int
     content_type: bytes
     retry_after: bytes
@@ -60,6 +60,7 @@ class RankConnection(asyncio.Protocol):
         "_framed",
         "_head",
         "_head_bytes",
+        "_kept",
         "_parser",
         "_parts",
         "_pool",
@@ -88,6 +89,7 @@ class RankConnection(asyncio.Protocol):
         self._framed = False
         self._parts: list[bytes] = []
         self._complete = False
+        self._kept = False
 
     def ask(self, asker: Asker, request: bytes, reused: bool) -> None:
         self._asker = asker
@@ -166,7 +168,7 @@ class RankConnection(asyncio.Protocol):
         if self._complete and self._asker is asker:
             self._asker = None
             self.resume()
-            if self._parser.should_keep_alive() and not self._transport.is_closing():
+            if self._kept and not self._transport.is_closing():
                 self._pool.give_back(self)
             else:
                 self._transport.close()
@@ -200,6 +202,8 @@ class RankConnection(asyncio.Protocol):
         # An interim answer (1xx) is none.
         if self._head is not None:
             self._complete = True
+            # Afterwards the parser knows nothing of this answer any more.
+            self._kept = self._parser.should_keep_alive()
 
     def _fail(self, reason: str) -> None:
         asker, self._asker = self._asker, None

@@ -1,19 +1,21 @@
 """Limits in Redis, for several gateways."""
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError, ResponseError
+from redis.exceptions import NoScriptError
+from redis.maint_notifications import MaintNotificationsConfig
 
 from expertmesh.core.admission.reservation import (
     Estimate,
@@ -24,20 +26,21 @@ from expertmesh.core.admission.reservation import (
     pico_of_usd,
 )
 from expertmesh.core.admission.window import day_of, day_start_s, month_of
-from expertmesh.core.domain.tenant import Account
+from expertmesh.core.domain.tenant import Account, Limits
 from expertmesh.gateway.limiter import OnUnavailable, SpendSource, spend_so_far, unavailable
-from expertmesh.gateway.redis_scripts import EXPIRE, RESERVE, SEED, SETTLE
+from expertmesh.gateway.redis_scripts import CALLS, EXPIRE, SEED
 
 _log = logging.getLogger(__name__)
 
 _PICO_PER_NANO = 1_000
 _MOST_NANO = 2**53 - 1
-_BATCH = 256
-"""Scripts in one round trip; Redis serves nobody else for some milliseconds then."""
+_BATCH = 128
+"""Calls of one kind in one script; Redis serves nobody else for some milliseconds then."""
 _MOST_UNSETTLED = 100_000
 _RETRY_PAUSE_S = 0.25
 _PERIOD_S = 1.0
 _SEED_BATCH = 500
+_MOST_LIMITS = 10_000
 
 _UNLIMITED = Reserved(None)
 _KINDS = (
@@ -48,41 +51,49 @@ _KINDS = (
     LimitKind.USD_PER_DAY,
     LimitKind.USD_PER_MONTH,
 )
-_REFUSED, _GRANTED, _UNSEEDED = 0, 1, 2
 _LOST = -1
 """A settlement found no open reservation."""
 
 _Future = asyncio.Future[Reserved | Refused]
 
 
-class _Script:
-    __slots__ = ("sha", "text")
-
-    def __init__(self, text: str) -> None:
-        self.text = text
-        # Redis names scripts so; nothing is kept secret by it.
-        self.sha = hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+_Call = tuple[str, int, int, float, int, int, int, int, float, list["_Limits"]]
+"""Reservation, tokens, nano-dollars, now, day, month, ends of both, deadline, accounts."""
+_Limits = tuple[str, int, int, int, int, int]
+"""Account, requests/min, tokens/min, concurrent, nano-dollars a day and a month; -1 for none."""
 
 
 class _Ask(msgspec.Struct, frozen=True, eq=False):
     future: _Future
-    reservation_id: str
     accounts: tuple[Account, ...]
-    arguments: tuple[str | int | float, ...]
+    call: _Call
+
+    @property
+    def reservation_id(self) -> str:
+        return self.call[0]
 
 
-class _Settlement(msgspec.Struct, frozen=True):
+class _Settlement(msgspec.Struct, frozen=True, array_like=True):
     reservation_id: str
     tokens: int
     nano_usd: int
     now_s: float
 
 
-_decode_answer = msgspec.msgpack.Decoder(list[int | float]).decode
+class _Answers(msgspec.Struct, frozen=True, array_like=True):
+    seeded: int
+    settled: list[int]
+    answers: list[list[int | float]]
+
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(_Answers).decode
+# Redis names scripts so; nothing is kept secret by it.
+_CALLS_SHA = hashlib.sha1(CALLS.encode(), usedforsecurity=False).hexdigest()
 
 
 class RedisLimiter:
-    """One script per call; all calls that wait travel in one round trip.
+    """One script for all calls that wait.
 
     A Redis that lost its data is seeded from the ledger again before anything is granted. It must
     not evict keys (`maxmemory-policy noeviction`), and is no Redis Cluster.
@@ -107,6 +118,8 @@ class RedisLimiter:
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
+            # One question less on every new connection.
+            maint_notifications_config=MaintNotificationsConfig(enabled=False),
         )
         self._source: Final = source
         self._unavailable: Final = unavailable(on_unavailable)
@@ -116,15 +129,14 @@ class RedisLimiter:
         self._held_key: Final = prefix + "held"
         self._marker_key: Final = prefix + "seeded"
         self._account_prefix: Final = prefix + "account:"
-        self._reserve: Final = _Script(RESERVE)
-        self._settle: Final = _Script(SETTLE)
-        self._expire: Final = _Script(EXPIRE)
-        self._seed: Final = _Script(SEED)
         self._asks: deque[_Ask] = deque()
         self._unsettled: deque[_Settlement] = deque()
         self._counted: set[str] = set()
         """Reservations that Redis knows of and that are not settled."""
+        self._limits: dict[str, tuple[Limits, _Limits]] = {}
+        """Of accounts, as they were last seen and as Redis gets them."""
         self._sending: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
         self._ready = False
         self._failing = False
         self._wake = asyncio.Event()
@@ -155,30 +167,20 @@ class RedisLimiter:
         if day != self._day:
             self._day = day
             self._month_first_day, self._month_end_day = month_of(day)
-        arguments: list[str | int | float] = [
+        call: _Call = (
             reservation_id,
-            estimate.tokens,
+            min(estimate.tokens, _MOST_NANO),
             _nano_up(estimate.pico_usd),
-            repr(now_s),
+            now_s,
             day,
             self._month_first_day,
             day_start_s(day + 1),
             day_start_s(self._month_end_day),
-            repr(now_s + self._reservation_s),
-            0 if self._source is None else 1,
-        ]
-        for account in accounts:
-            limits = account.limits
-            arguments += (
-                self._account_prefix + account.name,
-                _or_none(limits.requests_per_min),
-                _or_none(limits.tokens_per_min),
-                _or_none(limits.concurrent_requests),
-                _nano_or_none(limits.usd_per_day),
-                _nano_or_none(limits.usd_per_month),
-            )
+            now_s + self._reservation_s,
+            [self._limits_of(account) for account in accounts],
+        )
         future: _Future = asyncio.get_running_loop().create_future()
-        self._asks.append(_Ask(future, reservation_id, accounts, tuple(arguments)))
+        self._asks.append(_Ask(future, accounts, call))
         self._send_soon()
         return future
 
@@ -187,26 +189,22 @@ class RedisLimiter:
         was away."""
         if reservation_id in self._counted:
             self._counted.discard(reservation_id)
-            self._keep(_Settlement(reservation_id, tokens, _nano_up(pico_usd), now_s))
+            self._keep(
+                _Settlement(reservation_id, min(tokens, _MOST_NANO), _nano_up(pico_usd), now_s)
+            )
 
     async def run(self) -> None:
         while True:
             self._wake.clear()
-            try:
-                if not self._ready:
-                    await self._begin()
-                await self._give_up_lost()
-            except (RedisError, OSError, TimeoutError) as error:
-                self._fail(error)
-            except Exception as error:
-                # Whatever the source of the spend raises: it is asked again.
-                self._fail(error)
-            try:
-                async with asyncio.timeout(_PERIOD_S if self._ready else _RETRY_PAUSE_S):
-                    # A failure is met at once, for the first time.
-                    await (asyncio.Event() if not self._ready else self._wake).wait()
-            except TimeoutError:
-                pass
+            # In a task of its own: the Redis client may swallow a cancellation.
+            self._looking = asyncio.create_task(self._look())
+            await asyncio.wait((self._looking,))
+            if self._ready:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_PERIOD_S):
+                        await self._wake.wait()
+            else:
+                await asyncio.sleep(_RETRY_PAUSE_S)
 
     async def wait_connected(self, timeout_s: float) -> bool:
         """For a worker that opens its port only when limits can be read."""
@@ -224,9 +222,11 @@ class RedisLimiter:
             self._send_soon()
             await asyncio.sleep(0.01)
         self._ready = False
-        if self._sending is not None:
-            self._sending.cancel()
-            await asyncio.gather(self._sending, return_exceptions=True)
+        tasks = [task for task in (self._looking, self._sending) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._ready = False
         self._answer_all_unavailable(())
         if self._unsettled:
             _log.warning(
@@ -234,6 +234,15 @@ class RedisLimiter:
                 len(self._unsettled),
             )
         await self._redis.aclose()
+
+    async def _look(self) -> None:
+        try:
+            if not self._ready:
+                await self._begin()
+            await self._give_up_lost()
+        except Exception as error:
+            # Whatever Redis or the source of the spend raises: both are asked again.
+            self._fail(error)
 
     async def _begin(self) -> None:
         """Reach Redis; seed it if it is new, or has lost what it knew."""
@@ -260,7 +269,7 @@ class RedisLimiter:
                     _nano_up(day_pico),
                     _nano_up(month_pico),
                 )
-            await self._redis.eval(self._seed.text, 0, *arguments)
+            await self._redis.eval(SEED, 0, *arguments)
         await self._redis.set(self._marker_key, repr(now_s))
         _log.info("limits: Redis has been told what %d accounts have spent", len(spent))
 
@@ -268,7 +277,7 @@ class RedisLimiter:
         while True:
             async with asyncio.timeout(4 * self._timeout_s):
                 lost = await self._redis.eval(
-                    self._expire.text, 2, self._open_key, self._held_key, repr(time.time()), _BATCH
+                    EXPIRE, 2, self._open_key, self._held_key, repr(time.time()), _BATCH
                 )
             if lost:
                 _log.warning("limits: %d reservations were never settled; kept as estimated", lost)
@@ -293,9 +302,16 @@ class RedisLimiter:
             asks = [self._asks.popleft() for _ in range(min(_BATCH, len(self._asks)))]
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    answers = await self._execute(settlements, asks)
-                self._settled(settlements, answers)
-                self._asked(asks, answers[len(settlements) :])
+                    answers = await self._call(settlements, asks)
+                if not answers.seeded:
+                    # Redis has lost its data: nothing is granted until it is told of them again.
+                    self._fail(None)
+                    self._answer_all_unavailable(())
+                    for ask in asks:
+                        self._finish(ask, self._unavailable)
+                    return
+                self._settled(settlements, answers.settled)
+                self._asked(asks, answers.answers)
             except asyncio.CancelledError:
                 self._answer_all_unavailable(asks)
                 raise
@@ -304,73 +320,61 @@ class RedisLimiter:
                 self._fail(error)
                 self._answer_all_unavailable(asks)
 
-    async def _execute(self, settlements: list[_Settlement], asks: list[_Ask]) -> Sequence[Any]:
-        calls: list[tuple[_Script, tuple[str | int | float, ...]]] = [
+    async def _call(self, settlements: list[_Settlement], asks: list[_Ask]) -> _Answers:
+        packed = _encode(
             (
-                self._settle,
-                (
-                    2,
-                    self._open_key,
-                    self._held_key,
-                    one.reservation_id,
-                    one.tokens,
-                    one.nano_usd,
-                    repr(one.now_s),
-                ),
+                self._source is not None,
+                self._account_prefix,
+                settlements,
+                [ask.call for ask in asks],
             )
-            for one in settlements
-        ]
-        keys = (3, self._open_key, self._held_key, self._marker_key)
-        calls += [(self._reserve, keys + ask.arguments) for ask in asks]
-        answers = await self._pipeline(calls)
-        unknown = [
-            index for index, answer in enumerate(answers) if isinstance(answer, NoScriptError)
-        ]
-        if unknown:
-            for script in (self._settle, self._reserve):
-                await self._redis.script_load(script.text)
-            again = await self._pipeline([calls[index] for index in unknown])
-            for index, answer in zip(unknown, again, strict=True):
-                answers[index] = answer
-        for answer in answers:
-            if isinstance(answer, ResponseError):
-                raise answer
-        return answers
+        )
+        arguments = (3, self._open_key, self._held_key, self._marker_key, packed)
+        try:
+            answer = await self._redis.evalsha(_CALLS_SHA, *arguments)
+        except NoScriptError:
+            await self._redis.script_load(CALLS)
+            answer = await self._redis.evalsha(_CALLS_SHA, *arguments)
+        return _decode(answer)
 
-    async def _pipeline(
-        self, calls: list[tuple[_Script, tuple[str | int | float, ...]]]
-    ) -> list[Any]:
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for script, arguments in calls:
-                pipeline.execute_command("EVALSHA", script.sha, *arguments)
-            return list(await pipeline.execute(raise_on_error=False))
-
-    def _settled(self, settlements: list[_Settlement], answers: Sequence[Any]) -> None:
-        for settlement, answer in zip(settlements, answers, strict=False):
+    def _settled(self, settlements: list[_Settlement], clipped: list[int]) -> None:
+        for settlement, nano_usd in zip(settlements, clipped, strict=True):
             # `_keep` may have dropped the oldest meanwhile.
             if self._unsettled and self._unsettled[0] is settlement:
                 self._unsettled.popleft()
-            if int(answer) != _LOST:
-                self.clipped_nano_usd += int(answer)
+            if nano_usd != _LOST:
+                self.clipped_nano_usd += nano_usd
 
-    def _asked(self, asks: list[_Ask], answers: Sequence[Any]) -> None:
-        for ask, packed in zip(asks, answers, strict=True):
-            answer = _decode_answer(packed)
-            if answer[0] == _UNSEEDED:
-                # Redis has lost its data: nothing is granted until it is told of them again.
-                if self._ready:
-                    self._fail(None)
-                self._finish(ask, self._unavailable)
-            elif answer[0] == _GRANTED:
-                self._counted.add(ask.reservation_id)
-                if ask.future.done():
-                    # The caller went away: nothing was used.
-                    self.settle(ask.reservation_id, 0, 0, time.time())
-                else:
-                    headroom = _headroom(answer)
-                    ask.future.set_result(_UNLIMITED if headroom is None else Reserved(headroom))
-            else:
+    def _asked(self, asks: list[_Ask], answers: list[list[int | float]]) -> None:
+        for ask, answer in zip(asks, answers, strict=True):
+            if not answer[0]:
                 self._finish(ask, _refused(ask.accounts, answer))
+                continue
+            self._counted.add(ask.reservation_id)
+            if ask.future.done():
+                # The caller went away: nothing was used.
+                self.settle(ask.reservation_id, 0, 0, time.time())
+            else:
+                headroom = _headroom(answer)
+                ask.future.set_result(_UNLIMITED if headroom is None else Reserved(headroom))
+
+    def _limits_of(self, account: Account) -> _Limits:
+        known = self._limits.get(account.name)
+        limits = account.limits
+        if known is not None and known[0] is limits:
+            return known[1]
+        made = (
+            account.name,
+            _or_none(limits.requests_per_min),
+            _or_none(limits.tokens_per_min),
+            _or_none(limits.concurrent_requests),
+            _nano_or_none(limits.usd_per_day),
+            _nano_or_none(limits.usd_per_month),
+        )
+        if len(self._limits) >= _MOST_LIMITS:
+            self._limits.clear()
+        self._limits[account.name] = (limits, made)
+        return made
 
     def _finish(self, ask: _Ask, answer: Reserved | Refused) -> None:
         if not ask.future.done():
@@ -379,7 +383,8 @@ class RedisLimiter:
     def _answer_all_unavailable(self, sent: Sequence[_Ask]) -> None:
         """Nobody knows whether those that were sent were granted, so they are settled as unused."""
         for ask in sent:
-            if ask.reservation_id not in self._counted and not ask.future.done():
+            if not ask.future.done() or ask.future.cancelled():
+                self._counted.discard(ask.reservation_id)
                 self._keep(_Settlement(ask.reservation_id, 0, 0, time.time()))
         for ask in (*sent, *self._asks):
             if not ask.future.done():

@@ -188,7 +188,7 @@ async def running(worker: Worker, parts: Parts) -> AsyncIterator[GatewayService]
             admission.fleet_changed,
             now_s,
         )
-        parts.metrics.watch(view, admission, relay)
+        parts.metrics.watch(view, admission, relay, parts.writer, parts.access_log)
         bridge = AsgiBridge(parts.admin)
         app = Gateway(
             ring,

@@ -135,6 +135,8 @@ class Settlement:
 
     def _count(self, call: Call) -> TokenCount:
         """What the engine told, else what has been seen of it."""
+        if call.outcome is Outcome.ERROR and call.first_byte_s is None:
+            return _NOTHING  # the client has seen nothing of what was done for it
         usage = call.usage
         if call.events is not None:
             usage = call.events.usage()
@@ -190,7 +192,7 @@ class Settlement:
                 round(call.queue_s, 6),
                 None if ttft_s is None else round(ttft_s, 6),
                 round(duration_s, 6),
-                call.error,
+                call.error[:500],
                 "" if call.trace is None else call.trace.id,
             )
         )

@@ -1,12 +1,9 @@
 """Token counts out of the answers of the three protocols."""
 
-from dataclasses import dataclass
-
 import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class TokenCount:
+class TokenCount(msgspec.Struct, frozen=True, gc=False):
     prompt: int
     """All tokens of the prompt, those from the cache included."""
     cached: int

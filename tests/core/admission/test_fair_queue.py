@@ -239,6 +239,26 @@ def test_tiny_requests_in_large_number_do_not_push_out_a_long_one() -> None:
     assert victim.call == "a8"
 
 
+def test_who_has_most_is_known_however_it_came_about() -> None:
+    """After the queue was full for the first time too."""
+    bounds = QueueBounds(requests=6)
+    queue = queue_of(
+        *(waiting(f"a{n}") for n in range(4)), *(waiting(f"b{n}") for n in range(2)), bounds=bounds
+    )
+    assert queue.push(waiting("c0"), 0.0) != Full(Bound.REQUESTS, 6)  # Instead of a3.
+    for _ in range(4):
+        queue.pop()  # Leaves one each of two tenants, a2 and b1 or c0.
+    left = queue.tokens_by_tenant
+    assert sum(left.values()) == 20
+    for number in range(3):
+        assert queue.push(waiting(f"d{number}"), 0.0) == ()
+    assert queue.push(waiting("e0"), 0.0) == ()
+    (victim,) = queue.push(waiting("f0"), 0.0)  # type: ignore[misc]
+    assert victim.call == "d2"
+    (victim,) = queue.push(waiting("g0"), 0.0)  # type: ignore[misc]
+    assert victim.call == "d1"
+
+
 def test_a_higher_priority_pushes_out_a_lower_one_and_never_the_other_way() -> None:
     queue = queue_of(waiting("a0", priority=LOW), waiting("b0"), bounds=QueueBounds(requests=2))
     (victim,) = queue.push(waiting("b1"), 0.0)  # type: ignore[misc]
@@ -287,14 +307,12 @@ def test_a_refused_newcomer_changes_no_turn() -> None:
 
 def test_idle_tenants_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     queue = FairQueue()
-    for number in range(3_000):
+    monkeypatch.setattr(fair_queue, "_IDLE_TENANTS", 100)
+    band = queue._bands[MID]
+    for number in range(300):
         queue.push(waiting("x", tenant=f"t{number}"), 0.0)
         queue.pop()
-    band = queue._bands[MID]
-    assert len(band.idle) <= 1
-    # Above the floor they are remembered, but not without end.
-    monkeypatch.setattr(fair_queue, "_IDLE_TENANTS", 100)
-    queue.push(waiting("y", tenant="waits", tokens=1), 0.0)
-    for number in range(3_000):
+    assert len(band.idle) == 100 and "t299" in band.idle
+    for number in range(300, 600):
         queue.charge(f"t{number}", 1_000, 1.0, MID)
-    assert len(band.idle) == 100 and "t2999" in band.idle
+    assert len(band.idle) == 100 and "t599" in band.idle

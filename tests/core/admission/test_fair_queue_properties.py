@@ -58,6 +58,8 @@ class QueueMachine(RuleBasedStateMachine):
             assert not fits
             return
         assert fits == (pushed_out == ())
+        if pushed_out:
+            self.check_first_victim(pushed_out[0], entry)
         for victim in pushed_out:
             assert ORDER.index(victim.priority) >= ORDER.index(priority)
             assert (victim.tenant, victim.priority) != (tenant, priority)
@@ -71,6 +73,21 @@ class QueueMachine(RuleBasedStateMachine):
             assert ORDER.index(victim.priority) == lowest
             self.leave(victim)
         self.inside.append(entry)
+
+    def check_first_victim(self, victim: Waiting, newcomer: Waiting) -> None:
+        """Its tenant has most of what is scarce, for its weight."""
+        if len(self.inside) + 1 > BOUNDS.requests:
+            size = {id(one): 1 for one in self.inside}
+        elif sum(one.tokens for one in (*self.inside, newcomer)) > BOUNDS.tokens:
+            size = {id(one): one.tokens for one in self.inside}
+        else:
+            size = {id(one): one.size_bytes for one in self.inside}
+        backlogs: dict[str, float] = {}
+        for one in self.inside:
+            if one.priority is victim.priority:
+                share = size[id(one)] / one.weight
+                backlogs[one.tenant] = backlogs.get(one.tenant, 0.0) + share
+        assert backlogs[victim.tenant] == max(backlogs.values())
 
     @precondition(lambda self: self.inside)
     @rule()

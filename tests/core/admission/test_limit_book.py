@@ -179,6 +179,23 @@ def test_the_month_goes_on_over_midnight_and_ends_with_the_calendar() -> None:
     granted(reserve(book, "b", acme, usd=0.5, at_s=MONTH_END_S))
 
 
+@pytest.mark.parametrize("limit", ["usd_per_day", "usd_per_month"])
+def test_a_budget_can_be_spent_to_the_last_pico_dollar_and_no_further(limit: str) -> None:
+    book, acme = LimitBook(), account(**{limit: 1.0})
+    assert isinstance(book.reserve("a", (acme,), Estimate(0, PICO_PER_USD - 1), NOON_S), Reserved)
+    assert isinstance(book.reserve("b", (acme,), Estimate(0, 2), NOON_S), Refused)
+    assert isinstance(book.reserve("b", (acme,), Estimate(0, 1), NOON_S), Reserved)
+    assert isinstance(book.reserve("c", (acme,), Estimate(0, 1), NOON_S), Refused)
+
+
+def test_until_a_limit_changes_the_old_one_refills() -> None:
+    book = LimitBook()
+    granted(reserve(book, "a", account(tokens_per_min=600), tokens=600))
+    # 10 a second for 20 s: 400 are still used under the new limit.
+    headroom = granted(reserve(book, "b", account(tokens_per_min=6_000), at_s=NOON_S + 20))
+    assert headroom is not None and headroom.remaining_tokens == 5_600
+
+
 def test_all_accounts_or_none() -> None:
     book = LimitBook()
     tenant = account("tenant:acme", requests_per_min=10, tokens_per_min=600, usd_per_day=10.0)

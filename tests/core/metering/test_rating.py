@@ -61,6 +61,21 @@ def test_no_digit_is_ever_lost(
     assert Fraction(amount) == expected
 
 
+@given(usd_per_mtok, usd_per_mtok, usd_per_mtok, tokens, tokens, tokens)
+def test_an_amount_has_the_digits_of_the_sum_that_a_person_would_write(
+    usd_in: float, usd_cached: float, usd_out: float, plain: int, cached: int, completion: int
+) -> None:
+    amount = price(Tariff(usd_in, usd_cached, usd_out), plain + cached, cached, completion)
+    with localcontext(prec=1000):
+        products = (
+            exact_usd(usd_in) * plain,
+            exact_usd(usd_cached) * cached,
+            exact_usd(usd_out) * completion,
+        )
+        # Equal amounts are counted by their text on SQLite.
+        assert str(amount) == str(sum(products, Decimal(0)).scaleb(-6))
+
+
 def test_the_callers_decimal_settings_do_not_matter() -> None:
     with localcontext(prec=2):
         assert price(Tariff(0.123456, 0, 0), 1, 0, 0) == Decimal("0.000000123456")

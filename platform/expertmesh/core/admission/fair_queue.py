@@ -95,8 +95,9 @@ class _Band:
         """Tenants with waiting requests."""
         self.next: KeyedHeap[_Line] = KeyedHeap()
         """By counter."""
-        self.largest: dict[Bound, KeyedHeap[_Line]] = {bound: KeyedHeap() for bound in Bound}
-        """By backlog, the largest first."""
+        self.largest: dict[Bound, KeyedHeap[_Line]] = {}
+        """By backlog, the largest first; for the bounds that were reached since the last time that
+        nobody waited."""
         self.idle: OrderedDict[str, _Line] = OrderedDict()
         """Tenants without waiting requests, in the order in which they left."""
         self.last_left: _Line | None = None
@@ -112,38 +113,42 @@ class _Band:
         """The line of a tenant that has a request to add."""
         line = self.lines.get(tenant)
         if line is None:
-            line = self.idle.get(tenant)
-            if line is None:
-                line = _Line(tenant)
-            line.counter = max(line.counter, self.floor())
+            line = self.idle.pop(tenant, None) or _Line(tenant)
+            floor = self.floor()
+            if line.counter < floor:
+                line.counter = floor
         return line
 
     def add(self, line: _Line, waiting: Waiting) -> None:
         line.waiting[waiting] = None
         line.weight = waiting.weight
-        line.requests += 1
         line.tokens += waiting.tokens
         line.size_bytes += waiting.size_bytes
-        if line.requests == 1:
+        line.requests = requests = line.requests + 1
+        if requests == 1:
             self.idle.pop(line.tenant, None)
             self.lines[line.tenant] = line
             self.next.set(line, line.counter)
-        self._rank(line)
+        if self.largest:
+            self._rank(line)
 
     def take(self, line: _Line, waiting: Waiting) -> None:
         del line.waiting[waiting]
-        line.requests -= 1
         line.tokens -= waiting.tokens
         line.size_bytes -= waiting.size_bytes
-        if line.requests:
-            self._rank(line)
+        line.requests = requests = line.requests - 1
+        if requests:
+            if self.largest:
+                self._rank(line)
             return
         del self.lines[line.tenant]
         self.next.discard(line)
         for heap in self.largest.values():
             heap.discard(line)
+        if not self.lines:
+            self.largest.clear()
         self.last_left = line
-        self.idle[line.tenant] = line
+        self._rest(line)
 
     def charge(self, tenant: str, tokens: int, weight: float) -> None:
         line = self.lines.get(tenant)
@@ -153,31 +158,32 @@ class _Band:
             return
         line = self.idle.get(tenant)
         if line is None:
-            # Its counter did not exceed the floor, or nothing of it was queued here so far.
+            # It was not queued here so far, or so long ago that it would start at the floor.
             if tokens <= 0:
                 return
             line = _Line(tenant)
             line.counter = self.floor()
-            self.idle[tenant] = line
+            self._rest(line)
         line.counter += tokens / weight
-        self.forget()
 
-    def forget(self) -> None:
-        """Whoever is not above the floor would start at it in any case."""
+    def youngest_of_largest(self, bound: Bound) -> Waiting | None:
+        heap = self.largest.get(bound)
+        if heap is None:
+            heap = self.largest[bound] = KeyedHeap()
+            for line in self.lines.values():
+                heap.set(line, -line.backlog(bound))
+        first = heap.first()
+        return None if first is None else next(reversed(first.waiting))
+
+    def _rest(self, line: _Line) -> None:
         idle = self.idle
-        floor = self.floor()
-        while idle:
-            oldest = next(iter(idle.values()))
-            if oldest.counter > floor and len(idle) <= _IDLE_TENANTS:
-                break
-            del idle[oldest.tenant]
+        idle[line.tenant] = line
+        if len(idle) > _IDLE_TENANTS:
+            idle.popitem(last=False)
 
     def _rank(self, line: _Line) -> None:
-        weight = line.weight
-        largest = self.largest
-        largest[Bound.REQUESTS].set(line, -line.requests / weight)
-        largest[Bound.TOKENS].set(line, -line.tokens / weight)
-        largest[Bound.SIZE].set(line, -line.size_bytes / weight)
+        for bound, heap in self.largest.items():
+            heap.set(line, -line.backlog(bound))
 
 
 class FairQueue:
@@ -192,7 +198,6 @@ class FairQueue:
         self._bands: Final = {priority: _Band() for priority in Priority}
         self._by_priority: Final = tuple(self._bands.values())
         self._leave_by: Final[KeyedHeap[Waiting]] = KeyedHeap()
-        self._queued_at: Final[KeyedHeap[Waiting]] = KeyedHeap()
         self._tokens = 0
         self._size_bytes = 0
 
@@ -210,8 +215,15 @@ class FairQueue:
 
     @property
     def oldest_at_s(self) -> float | None:
-        """When the request was queued that has waited for longest."""
-        return self._queued_at.first_key()
+        """When the request was queued that has waited for longest. Looks at every tenant."""
+        return min(
+            (
+                next(iter(line.waiting)).queued_at_s
+                for band in self._by_priority
+                for line in band.lines.values()
+            ),
+            default=None,
+        )
 
     @property
     def tokens_by_tenant(self) -> dict[str, int]:
@@ -240,7 +252,8 @@ class FairQueue:
             if isinstance(made, Full):
                 return made
             pushed_out = made
-        self._add(self._bands[waiting.priority].enter(waiting.tenant), waiting)
+        band = self._bands[waiting.priority]
+        self._add(band, band.enter(waiting.tenant), waiting)
         return pushed_out
 
     def head(self) -> Waiting | None:
@@ -253,15 +266,17 @@ class FairQueue:
 
     def pop(self) -> Waiting:
         """The head leaves, and its tenant is charged for it. IndexError when nobody waits."""
-        waiting = self.head()
-        if waiting is None:
-            raise IndexError("nobody waits")
-        # At least one token, or requests of none would go before all others for ever.
-        self._bands[waiting.priority].charge(
-            waiting.tenant, waiting.tokens if waiting.tokens > 0 else 1, waiting.weight
-        )
-        self._leave(waiting)
-        return waiting
+        for band in self._by_priority:
+            line = band.next.first()
+            if line is not None:
+                waiting = next(iter(line.waiting))
+                # At least one token, or requests of none would go before all others for ever.
+                line.counter += (waiting.tokens or 1) / waiting.weight
+                self._take(band, line, waiting)
+                if line.requests:
+                    band.next.set(line, line.counter)
+                return waiting
+        raise IndexError("nobody waits")
 
     def remove(self, waiting: Waiting) -> bool:
         """False when it does not wait any more."""
@@ -307,53 +322,49 @@ class FairQueue:
     def _youngest_to_go(self, newcomer: Waiting, bound: Bound) -> Waiting | None:
         own = self._bands[newcomer.priority]
         for band in reversed(self._by_priority):
-            victim = band.largest[bound].first()
-            if victim is not None:
-                if band is own:
-                    line = own.lines.get(newcomer.tenant) or _Line(newcomer.tenant)
-                    if line.backlog_with(newcomer, bound) >= victim.backlog(bound):
-                        return None
-                return next(reversed(victim.waiting))
-            if band is own:
+            youngest = band.youngest_of_largest(bound) if band.lines else None
+            if band is not own:
+                if youngest is not None:
+                    return youngest
+                continue
+            if youngest is None:
                 return None
+            line = own.lines.get(newcomer.tenant) or _Line(newcomer.tenant)
+            largest = own.lines[youngest.tenant].backlog(bound)
+            return youngest if line.backlog_with(newcomer, bound) < largest else None
         return None
 
     def _make_room(self, newcomer: Waiting) -> tuple[Waiting, ...] | Full:
         """Nothing has changed when it is Full."""
-        taken: list[tuple[_Line, float, Waiting]] = []
+        taken: list[tuple[_Line, Waiting]] = []
         while (bound := self._broken_by(newcomer)) is not None:
             youngest = self._youngest_to_go(newcomer, bound)
             if youngest is None or len(taken) >= _MOST_PUSHED_OUT:
-                for line, counter, waiting in reversed(taken):
-                    line.counter = counter
-                    self._add(line, waiting)
+                for line, waiting in reversed(taken):
+                    self._add(self._bands[waiting.priority], line, waiting)
                 return Full(bound, getattr(self.bounds, bound.value))
-            line = self._bands[youngest.priority].lines[youngest.tenant]
-            taken.append((line, line.counter, youngest))
-            self._take(youngest)
-        for _, _, waiting in taken:
-            self._bands[waiting.priority].forget()
-        return tuple(waiting for _, _, waiting in taken)
+            band = self._bands[youngest.priority]
+            line = band.lines[youngest.tenant]
+            taken.append((line, youngest))
+            self._take(band, line, youngest)
+        return tuple(waiting for _, waiting in taken)
 
     def _leave(self, waiting: Waiting) -> None:
-        self._take(waiting)
-        self._bands[waiting.priority].forget()
+        band = self._bands[waiting.priority]
+        self._take(band, band.lines[waiting.tenant], waiting)
 
-    def _add(self, line: _Line, waiting: Waiting) -> None:
-        self._bands[waiting.priority].add(line, waiting)
-        age_s = self.bounds.age_s
+    def _add(self, band: _Band, line: _Line, waiting: Waiting) -> None:
+        band.add(line, waiting)
         leave_by_s = waiting.deadline_s
+        age_s = self.bounds.age_s
         if age_s is not None:
             leave_by_s = min(leave_by_s, waiting.queued_at_s + age_s)
         self._leave_by.set(waiting, leave_by_s)
-        self._queued_at.set(waiting, waiting.queued_at_s)
         self._tokens += waiting.tokens
         self._size_bytes += waiting.size_bytes
 
-    def _take(self, waiting: Waiting) -> None:
-        band = self._bands[waiting.priority]
-        band.take(band.lines[waiting.tenant], waiting)
+    def _take(self, band: _Band, line: _Line, waiting: Waiting) -> None:
+        band.take(line, waiting)
         self._leave_by.discard(waiting)
-        self._queued_at.discard(waiting)
         self._tokens -= waiting.tokens
         self._size_bytes -= waiting.size_bytes

@@ -1,10 +1,13 @@
-"""What a request asks of its accounts before it runs, and what it is told."""
+"""What a request asks of its accounts before it runs, and what it is told.
 
-from dataclasses import dataclass
+Some of these are made for every request: a frozen dataclass takes three times as long.
+"""
+
 from decimal import ROUND_FLOOR, Decimal
 from enum import StrEnum
 from functools import lru_cache
-from typing import NamedTuple
+
+import msgspec
 
 PICO_PER_USD = 10**12
 
@@ -19,19 +22,15 @@ class LimitKind(StrEnum):
     """The limits could not be read, and calls are to be refused then."""
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(msgspec.Struct, frozen=True, gc=False):
     tokens: int
     """A guess: prompt and completion; what is used beyond it is owed."""
     pico_usd: int
     """An upper bound, in 1e-12 USD: no more than this is ever charged."""
 
 
-class Headroom(NamedTuple):
-    """What is left under the tightest of the accounts; None where none has such a limit.
-
-    A tuple, since one is made for every request and a frozen dataclass takes three times as long.
-    """
+class Headroom(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What is left under the tightest of the accounts; None where none has such a limit."""
 
     limit_requests: int | None
     remaining_requests: int | None
@@ -42,14 +41,12 @@ class Headroom(NamedTuple):
     reset_tokens_s: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Reserved:
+class Reserved(msgspec.Struct, frozen=True, gc=False):
     headroom: Headroom | None
     """None when no account limits requests or tokens, or the limits could not be read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Refused:
+class Refused(msgspec.Struct, frozen=True, gc=False):
     kind: LimitKind
     account: str
     limit: float

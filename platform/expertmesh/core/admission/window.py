@@ -25,25 +25,21 @@ def day_start_s(day: int) -> int:
 
 def month_of(day: int) -> tuple[int, int]:
     """First day of the day's month and of the next month, in days since 1970-01-01."""
-    _, _, day_of_month = _civil(day)
-    first = day - day_of_month + 1
+    first = day - _day_of_month(day) + 1
     # 31 days after the first of a month it is the 1st to 4th of the next one.
-    _, _, next_day_of_month = _civil(first + 31)
-    return first, first + 31 - next_day_of_month + 1
+    return first, first + 31 - _day_of_month(first + 31) + 1
 
 
-def _civil(day: int) -> tuple[int, int, int]:
-    """Year, month and day of the month in the proleptic Gregorian calendar.
+def _day_of_month(day: int) -> int:
+    """From 1, in the proleptic Gregorian calendar.
 
     Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms", civil_from_days.
     """
-    shifted = day + 719_468
-    era, day_of_era = divmod(shifted, 146_097)
+    day_of_era = (day + 719_468) % 146_097
     year_of_era = (
         day_of_era - day_of_era // 1_460 + day_of_era // 36_524 - day_of_era // 146_096
     ) // 365
+    # From here on years begin in March.
     day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
-    shifted_month = (5 * day_of_year + 2) // 153
-    day_of_month = day_of_year - (153 * shifted_month + 2) // 5 + 1
-    month = shifted_month + 3 if shifted_month < 10 else shifted_month - 9
-    return year_of_era + era * 400 + (month <= 2), month, day_of_month
+    month = (5 * day_of_year + 2) // 153
+    return day_of_year - (153 * month + 2) // 5 + 1

@@ -45,14 +45,34 @@ def price(
             "token counts must satisfy 0 <= cached <= prompt and 0 <= completion, got "
             f"prompt {prompt_tokens}, cached {cached_tokens}, completion {completion_tokens}"
         )
-    per_million = total_usd(
-        (
-            _EXACT.multiply(exact_usd(tariff.usd_per_mtok_in), prompt_tokens - cached_tokens),
-            _EXACT.multiply(exact_usd(tariff.usd_per_mtok_cached), cached_tokens),
-            _EXACT.multiply(exact_usd(tariff.usd_per_mtok_out), completion_tokens),
-        )
+    usd_in, usd_cached, usd_out, exponent = _units_per_token(
+        tariff.usd_per_mtok_in, tariff.usd_per_mtok_cached, tariff.usd_per_mtok_out
     )
-    return _EXACT.scaleb(per_million, _MILLION_EXPONENT)
+    units = (
+        (prompt_tokens - cached_tokens) * usd_in
+        + cached_tokens * usd_cached
+        + completion_tokens * usd_out
+    )
+    return _EXACT.scaleb(Decimal(units), exponent)
+
+
+@lru_cache(maxsize=4096)
+def _units_per_token(
+    usd_per_mtok_in: float, usd_per_mtok_cached: float, usd_per_mtok_out: float
+) -> tuple[int, int, int, int]:
+    """The three prices in a unit that makes all of them whole, and the unit's power of ten."""
+    prices = tuple(
+        exact_usd(usd) for usd in (usd_per_mtok_in, usd_per_mtok_cached, usd_per_mtok_out)
+    )
+    digits = max(0, *(_decimals(usd) for usd in prices))
+    usd_in, usd_cached, usd_out = (int(_EXACT.scaleb(usd, digits)) for usd in prices)
+    return usd_in, usd_cached, usd_out, _MILLION_EXPONENT - digits
+
+
+def _decimals(usd: Decimal) -> int:
+    exponent = usd.as_tuple().exponent
+    assert isinstance(exponent, int), "an amount is finite"
+    return -exponent
 
 
 def pico_usd_per_token(usd_per_mtok: float) -> int:

@@ -1,8 +1,9 @@
 """What one request consumed: the row of the ledger."""
 
-from dataclasses import dataclass
 from decimal import Decimal
 from enum import StrEnum
+
+import msgspec
 
 
 class Outcome(StrEnum):
@@ -13,8 +14,7 @@ class Outcome(StrEnum):
     """The client went away."""
 
 
-@dataclass(frozen=True, slots=True)
-class UsageRecord:
+class UsageRecord(msgspec.Struct, frozen=True, gc=False):
     request_id: str
     """Unique; the ledger takes the first record of an id and ignores repetitions."""
     at_s: float

@@ -1,0 +1,195 @@
+"""What it costs a gateway to bring usage from its journal to the ledger.
+
+    python -m benchmarks.ledger [--records N] [--rounds N]
+
+CPU is that of the gateway's process with all its threads. The longest stall is the longest time
+for which its event loop did nothing else; of all rounds the smallest, as other work on the machine
+only adds to it.
+"""
+
+import argparse
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+import uvloop
+from benchmarks.figures import Conditions, Figure, Row, spread
+from rich.console import Console
+from sqlalchemy.dialects import postgresql, sqlite
+from tests.store.postgresql import postgresql_server
+
+from expertmesh.core.metering.usage import Outcome, UsageRecord
+from expertmesh.gateway.request_ids import RequestIds
+from expertmesh.gateway.usage_journal import Closed, UsageJournal
+from expertmesh.gateway.usage_writer import UsageLedger, UsageWriter
+from expertmesh.store.database import Database, open_database
+from expertmesh.store.ledger import Ledger
+from expertmesh.store.schema import usage_records
+
+_IDS = RequestIds()
+"""As the gateway makes them: in a row, which a database likes better than random ones."""
+_STORES = ("SQLite", "PostgreSQL")
+_ROW_BY_ROW = "SQLAlchemy's insert of rows"
+_MANY_ROWS = "many rows in one statement"
+
+
+class _RowLedger:
+    """How a ledger is written without further thought."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def add_usage(self, records: Sequence[UsageRecord]) -> int:
+        dialect = postgresql if self._database.engine.dialect.name == "postgresql" else sqlite
+        statement = dialect.insert(usage_records).on_conflict_do_nothing()
+        async with self._database.writing() as connection:
+            await connection.execute(statement, [_row(record) for record in records])
+        return len(records)
+
+
+def _row(record: UsageRecord) -> dict[str, Any]:
+    columns = usage_records.c.keys()
+    row = {name: getattr(record, name) for name in columns if name != "group_name"}
+    return {**row, "group_name": record.group, "outcome": record.outcome.value}
+
+
+@dataclass
+class _Measured:
+    cpu_us: list[float] = field(default_factory=list)
+    loop_us: list[float] = field(default_factory=list)
+    server_us: list[float] = field(default_factory=list)
+    stalls_ms: list[float] = field(default_factory=list)
+
+    def row(self, store: str, way: str) -> Row:
+        return (
+            f"{store}: {way}",
+            spread(self.cpu_us),
+            spread(self.loop_us),
+            spread(self.server_us),
+            f"{min(self.stalls_ms):.2f}",
+        )
+
+
+def measure_ledger(records: int, rounds: int) -> Figure:
+    rows = []
+    with TemporaryDirectory() as folder, postgresql_server() as server:
+        urls = (f"sqlite:///{Path(folder) / 'store.db'}", server.url("postgres"))
+        for store, url in zip(_STORES, urls, strict=True):
+            for way, ledger in ((_ROW_BY_ROW, _RowLedger), (_MANY_ROWS, Ledger)):
+                measured = uvloop.run(_measure(url, ledger, records, rounds))
+                rows.append(measured.row(store, way))
+    return Figure(
+        "From the journal to the ledger",
+        (
+            "store and way",
+            "CPU, µs a record",
+            "of it the loop's thread",
+            "the server's CPU, µs a record",
+            "longest stall, ms",
+        ),
+        tuple(rows),
+        (f"median (smallest to largest) of {rounds} rounds of {records} records",),
+    )
+
+
+async def _measure(
+    url: str, ledger: Callable[[Database], UsageLedger], records: int, rounds: int
+) -> _Measured:
+    measured = _Measured()
+    database = await open_database(url)
+    try:
+        journal = UsageJournal()
+        writer = UsageWriter(ledger(database), journal, 1.0)
+        for _ in range(rounds + 1):
+            _fill(writer, journal, records)
+            before = _spent_s()
+            await _whole(writer.flush())
+            spent = [after - start for after, start in zip(_spent_s(), before, strict=True)]
+            cpu_us, loop_us, server_us = (seconds / records * 1e6 for seconds in spent)
+            measured.cpu_us.append(cpu_us)
+            measured.loop_us.append(loop_us)
+            measured.server_us.append(server_us)
+            _fill(writer, journal, records)
+            measured.stalls_ms.append(await _longest_stall_s(writer) * 1e3)
+        await writer.close(1.0)
+    finally:
+        await database.close()
+    # The first round opens connections and prepares statements.
+    for figures in (measured.cpu_us, measured.loop_us, measured.server_us, measured.stalls_ms):
+        del figures[0]
+    return measured
+
+
+def _fill(writer: UsageWriter, journal: UsageJournal, records: int) -> None:
+    journal.maintain()
+    for number in range(records):
+        writer.record(
+            Closed(
+                request_id=_IDS.new(),
+                at_s=time.time(),
+                tenant="tenant",
+                key_id="key_0123456789abcdef",
+                model="tiny-moe",
+                group="em-tiny-moe-cpu-0",
+                pool="cpu",
+                endpoint="chat_completions",
+                outcome=Outcome.OK,
+                prompt_tokens=300 + number % 100,
+                cached_tokens=number % 50,
+                completion_tokens=20 + number % 30,
+                queue_s=0.0,
+                ttft_s=None,
+                duration_s=0.123 + number / 1e6,
+                usd_per_mtok_in=0.2,
+                usd_per_mtok_cached=0.05,
+                usd_per_mtok_out=0.6,
+            )
+        )
+
+
+def _spent_s() -> tuple[float, float, float]:
+    """CPU of this process, of this thread, and of the database server."""
+    server_s = 0.0
+    for child in psutil.Process().children(recursive=True):
+        times = child.cpu_times()
+        server_s += times.user + times.system
+    return time.process_time(), time.thread_time(), server_s
+
+
+async def _longest_stall_s(writer: UsageWriter) -> float:
+    writing = asyncio.ensure_future(_whole(writer.flush()))
+    longest_s, last_s = 0.0, time.perf_counter()
+    while not writing.done():
+        await asyncio.sleep(0)
+        now_s = time.perf_counter()
+        longest_s = max(longest_s, now_s - last_s)
+        last_s = now_s
+    await writing
+    return longest_s
+
+
+async def _whole(flush: Awaitable[bool]) -> None:
+    if not await flush:
+        raise RuntimeError("the store did not take the records")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What the ledger costs a gateway.")
+    parser.add_argument("--records", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    chosen = parser.parse_args()
+    conditions = Conditions.now()
+    figure = measure_ledger(chosen.records, chosen.rounds)
+    console = Console()
+    console.print(figure.to_rich())
+    for note in (*figure.notes, conditions.until_now()):
+        console.print(f"- {note}")
+
+
+if __name__ == "__main__":
+    main()
