@@ -24,6 +24,10 @@ _TEMPLATE_TOKENS = 256
 _MOST_SEQUENCES = 16_384
 """For one prompt; vLLM refuses more."""
 
+_MANY_BRACKETS = 500
+_SPARE_FRAMES = 50
+"""A body that can be read here must be readable where it is read again, deeper in the program."""
+
 _ABSENT = msgspec.Raw(b"")
 _NULL = msgspec.Raw(b"null")
 
@@ -99,7 +103,11 @@ def read_question(
 ) -> Question | ApiError:
     """`session` is what the headers name; it goes before anything in the body."""
     try:
-        ask = _decode_ask(body)
+        # Only a body with so many can be nested as deeply as the stack allows.
+        if body.count(b"[") + body.count(b"{") < _MANY_BRACKETS:
+            ask = _decode_ask(body)
+        else:
+            ask = _decode_deeper(body, _SPARE_FRAMES)
     except msgspec.ValidationError as error:
         return ApiError(400, f"The request body is not valid: {error}.")
     except _UNREADABLE as error:
@@ -143,6 +151,10 @@ def read_question(
         ask.messages or ask.prompt or ask.input,
         session or _session(ask),
     )
+
+
+def _decode_deeper(body: bytes, frames: int) -> _Ask:
+    return _decode_deeper(body, frames - 1) if frames else _decode_ask(body)
 
 
 def _token_limit(endpoint: Endpoint, ask: _Ask) -> Any:

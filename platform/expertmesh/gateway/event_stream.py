@@ -14,6 +14,8 @@ _NO_CHOICES = (b'"choices":[]', b'"choices": []')
 _ROLE = (b'"role":"assistant"', b'"role": "assistant"')
 """Only the first event of a chat completion says it, before any token."""
 _COMMENT = b":"
+_MOST_EVENT_BYTES = 8 * 1024 * 1024
+_ENDLESS = b'{"error":{"message":"sent an event without end"}}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,10 @@ class EventStream:
         if not chunk.endswith(b"\n\n"):
             cut = chunk.rfind(b"\n\n") + 2
             if cut == 1:
-                self._tail = chunk
+                if len(chunk) > _MOST_EVENT_BYTES:
+                    self.error = _ENDLESS
+                else:
+                    self._tail = chunk
                 return b""
             self._tail = chunk[cut:]
             chunk = chunk[:cut]

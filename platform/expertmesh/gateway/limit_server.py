@@ -154,7 +154,7 @@ class _Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._server._connections.add(self)
         if self._server._server is None:
-            transport.abort()  # It was accepted while the server closed.
+            self.abort()  # It was accepted while the server closed.
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._server._connections.discard(self)

@@ -12,7 +12,8 @@ import msgspec
 
 _MOST_IDLE: Final = 256
 """Idle connections kept to one rank."""
-_MOST_HEAD_BYTES: Final = 64 * 1024
+_MOST_BARREN_BYTES: Final = 64 * 1024
+"""Of an answer without a byte of its body: a head, chunk extensions or trailers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +56,12 @@ class Asker(Protocol):
 class RankConnection(asyncio.Protocol):
     __slots__ = (
         "_asker",
+        "_barren_bytes",
         "_complete",
         "_content_type",
+        "_excess",
         "_framed",
         "_head",
-        "_head_bytes",
         "_kept",
         "_parser",
         "_parts",
@@ -83,21 +85,24 @@ class RankConnection(asyncio.Protocol):
         self._reused = False
         self._reading_paused = False
         self._head: AnswerHead | None = None
-        self._head_bytes = 0
+        self._barren_bytes = 0
+        """Since the last byte of the body."""
         self._content_type = b""
         self._retry_after = b""
         self._framed = False
         self._parts: list[bytes] = []
         self._complete = False
+        self._excess = False
+        """More has come than the answer."""
         self._kept = False
 
     def ask(self, asker: Asker, request: bytes, reused: bool) -> None:
         self._asker = asker
         self._reused = reused
         self._head = None
-        self._head_bytes = 0
+        self._barren_bytes = 0
         self._content_type = self._retry_after = b""
-        self._framed = self._complete = False
+        self._framed = self._complete = self._excess = False
         self._transport.write(request)
 
     def pause(self) -> None:
@@ -138,7 +143,8 @@ class RankConnection(asyncio.Protocol):
             asker.answer_ended()  # its end is that of the connection
         else:
             reason = str(exc) if exc is not None else "the rank closed the connection"
-            asker.answer_lost(reason, self._reused and self._head_bytes == 0)
+            nothing_came = self._head is None and not self._barren_bytes
+            asker.answer_lost(reason, self._reused and nothing_came)
 
     def data_received(self, data: bytes) -> None:
         asker = self._asker
@@ -146,35 +152,40 @@ class RankConnection(asyncio.Protocol):
             self._transport.abort()  # nobody has asked
             return
         began = self._head is not None
-        if not began:
-            self._head_bytes += len(data)
+        self._barren_bytes += len(data)
+        fault = ""
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self._fail(f"sent no valid HTTP: {error}")
-            return
+            fault = f"sent no valid HTTP: {error}"
         if self._head is None:
-            if self._head_bytes > _MOST_HEAD_BYTES:
-                self._fail("sent a head without end")
+            if not fault and self._barren_bytes > _MOST_BARREN_BYTES:
+                fault = "sent a head without end"
+            if fault:
+                self._fail(fault)
             return
         if not began:
             asker.answer_began(self._head)
         parts = self._parts
         if parts:
             self._parts = []
+            self._barren_bytes = 0
             # The asker may have dropped this connection for what it has been given.
             if self._asker is asker:
                 asker.answer_part(parts[0] if len(parts) == 1 else b"".join(parts))
-        if self._complete and self._asker is asker:
-            self._asker = None
-            self.resume()
-            if self._kept and not self._transport.is_closing():
-                self._pool.give_back(self)
-            else:
-                self._transport.close()
-            asker.answer_ended()
+        if self._asker is not asker:
+            return
+        if self._complete:
+            self._end(asker, bool(fault))
+        elif fault:
+            self._fail(fault)
+        elif self._barren_bytes > _MOST_BARREN_BYTES:
+            self._fail("sent a chunk's extension or trailers without end")
 
     # The parser calls these.
+
+    def on_message_begin(self) -> None:
+        self._excess = self._complete
 
     def on_header(self, name: bytes, value: bytes) -> None:
         size = len(name)
@@ -192,11 +203,12 @@ class RankConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if status >= 200:
+        if status >= 200 and not self._excess:
             self._head = AnswerHead(status, self._content_type, self._retry_after)
 
     def on_body(self, body: bytes) -> None:
-        self._parts.append(body)
+        if not self._excess:
+            self._parts.append(body)
 
     def on_message_complete(self) -> None:
         # An interim answer (1xx) is none.
@@ -204,6 +216,18 @@ class RankConnection(asyncio.Protocol):
             self._complete = True
             # Afterwards the parser knows nothing of this answer any more.
             self._kept = self._parser.should_keep_alive()
+
+    def _end(self, asker: Asker, fault_behind: bool) -> None:
+        self._asker = None
+        self.resume()
+        if self._excess or fault_behind:
+            # Whatever it is, it must not become the answer to another request.
+            self._transport.abort()
+        elif self._kept and not self._transport.is_closing():
+            self._pool.give_back(self)
+        else:
+            self._transport.close()
+        asker.answer_ended()
 
     def _fail(self, reason: str) -> None:
         asker, self._asker = self._asker, None

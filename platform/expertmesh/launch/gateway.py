@@ -48,7 +48,6 @@ LIMITS_SOCKET: Final = Path("limits", "server.sock")
 """In a folder of its own, that only this user may enter: others may write to a mounted volume."""
 JOURNAL_FOLDER: Final = "usage"
 _METRICS_FOLDER: Final = "metrics"
-_OUTPUT_LOCK: Final = "access-log.lock"
 _MOST_READY_WAIT_S: Final = 5.0
 """So long a worker stays away from its port until it can serve."""
 _READY_LOOK_S: Final = 0.02

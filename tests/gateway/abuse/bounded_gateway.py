@@ -1,6 +1,6 @@
 """`expertmesh gateway` with bounds that the command does not offer, so that no test has to wait.
 
-    python -m tests.gateway.abuse.bounded_gateway SETTINGS
+python -m tests.gateway.abuse.bounded_gateway SETTINGS
 """
 
 import os

@@ -9,7 +9,8 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import httptools
@@ -115,6 +116,16 @@ class FastRank:
             self._server.close()
         for connection in list(self._connections):
             connection.abort()
+
+
+@asynccontextmanager
+async def fast_rank() -> AsyncIterator[FastRank]:
+    rank = FastRank()
+    await rank.start()
+    try:
+        yield rank
+    finally:
+        rank.stop()
 
 
 class _Connection(asyncio.Protocol):

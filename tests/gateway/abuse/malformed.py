@@ -126,9 +126,7 @@ class Maker:
 
     def body(self, path: str, stream: bool = False) -> dict[str, Any]:
         asked: dict[str, Any] = {"model": self._random.choice((MODEL, ALIAS)), "max_tokens": 4}
-        if path.endswith(("/completions", "/messages", "/count_tokens")) and "chat" in path:
-            asked["messages"] = [{"role": "user", "content": "one two"}]
-        elif "messages" in path:
+        if (path.endswith(("/completions", "/messages", "/count_tokens")) and "chat" in path) or "messages" in path:
             asked["messages"] = [{"role": "user", "content": "one two"}]
         elif path == "/v1/responses" or path == "/v1/embeddings":
             asked["input"] = "one two"
@@ -186,7 +184,7 @@ class Maker:
                 case 0:
                     data[place] ^= 1 << draw.randrange(8)
                 case 1:
-                    data[place] = draw.choice(b"\x00\r\n\t :;,\xff\x7f{}[]\"0")
+                    data[place] = draw.choice(b'\x00\r\n\t :;,\xff\x7f{}[]"0')
                 case 2:
                     del data[place : place + draw.choice((1, 2, 5, 30))]
                 case 3:
@@ -426,9 +424,9 @@ _FRAMINGS: tuple[tuple[str, Callable[[Maker, str], Case]], ...] = (
     ("chunk longer than said", _refused(_chunked(b"3\r\nhello\r\n0\r\n\r\n"))),
     ("line feed after a chunk", _refused(_chunked(b"5\r\nhello\n0\r\n\r\n"))),
     ("null in a trailer", _refused(_chunked(_good_chunk(), b"0\r\nX: a\x00\r\n\r\n"))),
-    ("endless trailers", _refused(_chunked(_good_chunk(), b"0\r\n", b"X: y\r\n" * 40_000), 431)),
-    ("huge trailer", _refused(_chunked(_good_chunk(), b"0\r\nX: ", b"y" * 300_000), 431)),
-    ("huge chunk extension", _refused(_chunked(b"1;" + b"x" * 300_000), 431)),
+    ("endless trailers", _refused(_chunked(_good_chunk(), b"0\r\n", b"X: y\r\n" * 150_000), 431)),
+    ("huge trailer", _refused(_chunked(_good_chunk(), b"0\r\nX: ", b"y" * 900_000), 431)),
+    ("huge chunk extension", _refused(_chunked(b"1;" + b"x" * 900_000), 431)),
     ("trailers that name a key", _refused(_chunked(b"0\r\nAuthorization: Bearer x\r\n\r\n"))),
     ("compressed", _refused(_chunked(_good_chunk(), head=b"Content-Encoding: gzip\r\n"), 415)),
     ("chunks without an end", _open_ended(_chunked(_good_chunk()), 408)),

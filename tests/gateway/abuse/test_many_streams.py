@@ -14,7 +14,7 @@ from typing import cast
 
 import pytest
 import uvloop
-from tests.gateway.abuse.fast_rank import FastRank
+from tests.gateway.abuse.fast_rank import FastRank, fast_rank
 from tests.gateway.abuse.gateway_process import GatewayProcess, gateway_process
 from tests.gateway.abuse.wire import read_answers
 
@@ -53,15 +53,16 @@ def test_two_thousand_streams(tmp_path: Path) -> None:
 
 
 async def _many(folder: Path) -> None:
-    rank = FastRank()
-    await rank.start()
-    async with gateway_process(
-        folder,
-        [rank.url],
-        bounds={"client_stall_timeout_s": STALL_S},
-        send_buffer_bytes=KERNEL_BYTES,
-        key_limits=Limits(concurrent_requests=STREAMS),
-    ) as gateway:
+    async with (
+        fast_rank() as rank,
+        gateway_process(
+            folder,
+            [rank.url],
+            bounds={"client_stall_timeout_s": STALL_S},
+            send_buffer_bytes=KERNEL_BYTES,
+            key_limits=Limits(concurrent_requests=STREAMS),
+        ) as gateway,
+    ):
         before = await gateway.at_rest()
         crowd = Crowd(gateway, rank)
         rss = asyncio.create_task(_most_rss(gateway))
@@ -90,7 +91,6 @@ async def _many(folder: Path) -> None:
             f"{max(delays_s) * 1000:.0f} ms (most); RSS {before.rss_bytes / 1e6:.0f} MB before, "
             f"{most / 1e6:.0f} MB at most, {after.rss_bytes / 1e6:.0f} MB after"
         )
-    rank.stop()
 
 
 async def _most_rss(gateway: GatewayProcess) -> int:

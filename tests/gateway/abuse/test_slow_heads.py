@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
-from tests.gateway.abuse.fast_rank import FastRank
+from tests.gateway.abuse.fast_rank import fast_rank
 from tests.gateway.abuse.gateway_process import GatewayProcess, gateway_process
 from tests.gateway.abuse.wire import Answer, read_answers
 from tests.gateway.stand import MODEL
@@ -25,10 +25,10 @@ def test_slow_heads_keep_nobody_waiting(tmp_path: Path) -> None:
 
 
 async def _slow_heads(folder: Path) -> None:
-    rank = FastRank()
-    await rank.start()
-    bounds = {"head_timeout_s": HEAD_S}
-    async with gateway_process(folder, [rank.url], bounds=bounds) as gateway:
+    async with (
+        fast_rank() as rank,
+        gateway_process(folder, [rank.url], bounds={"head_timeout_s": HEAD_S}) as gateway,
+    ):
         before = await gateway.at_rest()
         slow = [asyncio.create_task(_drip(gateway.port)) for _ in range(SLOW)]
         await asyncio.sleep(0.5)
@@ -46,7 +46,6 @@ async def _slow_heads(folder: Path) -> None:
         assert sorted(times_s)[int(len(times_s) * 0.99)] < 0.5
         await gateway.until_files(before.own_files)
         assert gateway.complaints() == []
-    rank.stop()
 
 
 async def _drip(port: int) -> list[Answer]:
