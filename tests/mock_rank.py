@@ -490,8 +490,8 @@ def _message_events(reply: _Reply) -> Iterator[bytes]:
 
 def _embeddings(reply: _Reply) -> dict[str, Any]:
     given = reply.asked["input"]
-    vectors = [[float(n), 0.5, -0.5] for n in range(len(given) if isinstance(given, list) else 1)]
-    vectors = [vector[: reply.asked.get("dimensions", 3)] for vector in vectors]
+    count = len(given) if isinstance(given, list) else 1
+    vectors = [[0.5 + n, -0.5][: reply.asked.get("dimensions", 2)] for n in range(count)]
     in_base64 = reply.asked.get("encoding_format") == "base64"
     return {
         "id": f"embd-{reply.id}",

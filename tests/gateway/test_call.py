@@ -72,7 +72,8 @@ def test_a_stream_is_recognised_as_leniently_as_vllm_does(stream: str) -> None:
     [
         ('"max_tokens":7', 7),
         ('"max_completion_tokens":9,"max_tokens":7', 9),
-        ('"max_output_tokens":5', 5),
+        ('"max_completion_tokens":"9","max_tokens":7', None),
+        ('"max_output_tokens":5', None),
         ('"max_tokens":null', None),
         ('"max_tokens":"x"', None),
         ('"max_tokens":-1', None),
@@ -85,14 +86,41 @@ def test_the_limit_of_tokens_is_what_vllm_would_take(field: str, tokens: int | N
 
 
 @pytest.mark.parametrize(
+    ("path", "tokens"),
+    [
+        ("/v1/chat/completions", 9),
+        ("/v1/completions", 7),
+        ("/v1/messages", 7),
+        ("/v1/responses", 5),
+    ],
+)
+def test_each_endpoint_has_its_own_limit(path: str, tokens: int) -> None:
+    body = '{"model":"m","max_completion_tokens":9,"max_tokens":7,"max_output_tokens":5}'
+    assert read(body, path).max_tokens == tokens
+
+
+@pytest.mark.parametrize(
+    ("field", "prompts"),
+    [('"input":"a"', 1), ('"input":["a","b"]', 2), ('"input":[1,2]', 1), ('"input":[[1],[2]]', 2)],
+)
+def test_embeddings_have_prompts_and_no_completions(field: str, prompts: int) -> None:
+    question = read(f'{{"model":"m","stream":true,"n":3,{field}}}', "/v1/embeddings")
+    assert (question.prompts, question.sequences, question.stream) == (prompts, 0, False)
+
+
+@pytest.mark.parametrize(
     ("field", "sequences"),
     [
         ('"x":1', 1),
         ('"n":3', 3),
         ('"n":2,"best_of":5', 5),
         ('"n":0', 1),
-        ('"n":"3"', 1),
-        ('"n":1000000', 128),
+        ('"n":"3"', 3),
+        ('"n":3.0', 3),
+        ('"n":"x"', 1),
+        ('"n":[2]', 1),
+        ('"n":"1e400"', 1),
+        ('"n":1000000', 16_384),
         ('"prompt":"a"', 1),
         ('"prompt":["a","b","c"]', 3),
         ('"prompt":["a","b"],"n":2', 4),

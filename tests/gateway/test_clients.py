@@ -217,15 +217,15 @@ async def test_embeddings(stand: Stand, rank: MockRank, of_openai: Sdk) -> None:
     answer = await of_openai.call(
         lambda c: c.embeddings.create(model=MODEL, input=["one two", "three"])
     )
-    assert [entry.embedding for entry in answer.data] == [[0.0, 0.5, -0.5], [1.0, 0.5, -0.5]]
+    assert [entry.embedding for entry in answer.data] == [[0.5, -0.5], [1.5, -0.5]]
     assert rank.seen[-1].json()["encoding_format"] == "base64"
     assert rank.seen[-1].body == of_openai.sent[-1]
     answer = await of_openai.call(
         lambda c: c.embeddings.create(
-            model=MODEL, input="one", encoding_format="float", dimensions=2
+            model=MODEL, input="one", encoding_format="float", dimensions=1
         )
     )
-    assert answer.data[0].embedding == [0.0, 0.5]
+    assert answer.data[0].embedding == [0.5]
     assert answer.usage.prompt_tokens == 1
     rows = await stand.rows(2)
     assert [(row.prompt_tokens, row.completion_tokens) for row in rows] == [(3, 0), (1, 0)]

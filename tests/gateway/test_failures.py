@@ -10,7 +10,16 @@ import pytest
 from aiohttp import web
 from anthropic import APIStatusError, AsyncAnthropic
 from openai import APIError, AsyncOpenAI
-from tests.gateway.stand import MODEL, QUICK, SECRET, Stand, group_of, standing, until
+from tests.gateway.stand import (
+    MODEL,
+    QUICK,
+    SECRET,
+    Stand,
+    group_of,
+    served_model,
+    standing,
+    until,
+)
 from tests.mock_rank import Fault, MockRank
 
 from expertmesh.core.domain.fleet import GroupState

@@ -99,24 +99,29 @@ def test_openmetrics_has_examples_for_whoever_accepts_it() -> None:
     assert (example.labels, example.value) == ({"trace_id": TRACE}, 0.3)
 
 
-def world() -> tuple[Any, Any, Any]:
+def world() -> tuple[Any, Any, Any, Any, Any]:
     group = SimpleNamespace(model="m", pool="spot", in_flight=3)
     view = SimpleNamespace(names=("m",), groups={"em-m-spot-1": group})
     admission = SimpleNamespace(queued=lambda model: 5, queued_tokens=lambda model: 600)
     relay = SimpleNamespace(open_calls=8, pool=SimpleNamespace(idle_connections=2))
-    return view, admission, relay
+    writer = SimpleNamespace(pending=4, given_up=1)
+    access_log = SimpleNamespace(dropped=6)
+    return view, admission, relay, writer, access_log
 
 
 def test_gauges_tell_how_it_stands_now() -> None:
     metrics = made()
-    view, admission, relay = world()
-    metrics.watch(view, admission, relay)
+    parts = view, *_ = world()
+    metrics.watch(*parts)
     found = samples(metrics)
     assert found["em_gateway_in_flight_requests"] == {("em-m-spot-1", "m", "spot"): 3.0}
     assert found["em_gateway_queued_requests"] == {("m",): 5.0}
     assert found["em_gateway_queued_tokens"] == {("m",): 600.0}
     assert found["em_gateway_open_requests"] == {(): 8.0}
     assert found["em_gateway_upstream_connections"] == {("idle",): 2.0, ("busy",): 3.0}
+    assert found["em_gateway_usage_pending_records"] == {(): 4.0}
+    assert found["em_gateway_usage_given_up_total"] == {(): 1.0}
+    assert found["em_gateway_access_log_dropped_total"] == {(): 6.0}
     # A group that has gone leaves no gauge behind.
     view.groups.clear()
     assert "em_gateway_in_flight_requests" not in samples(metrics)

@@ -34,6 +34,8 @@ class Endpoint:
     protocol: Protocol = Protocol.OPENAI
     metered: bool = True
     """Uses the engine's batch, so the ledger gets a row."""
+    completes: bool = True
+    """The engine writes tokens, which cost their own price."""
 
 
 _TOKENIZE = Endpoint("tokenize", "/tokenize", Answer.WHOLE, metered=False)
@@ -53,7 +55,7 @@ ENDPOINTS = {
         Protocol.ANTHROPIC,
         metered=False,
     ),
-    "/v1/embeddings": Endpoint("embeddings", "/v1/embeddings", Answer.WHOLE),
+    "/v1/embeddings": Endpoint("embeddings", "/v1/embeddings", Answer.WHOLE, completes=False),
     "/tokenize": _TOKENIZE,
     "/v1/tokenize": _TOKENIZE,
     "/detokenize": _DETOKENIZE,

@@ -175,6 +175,7 @@ class Gateway:
             self.refuse(request, client, ApiError(503, "The gateway shuts down.", retry_after_s=1))
             return
         view.arrived(model.name)
+        prompt_guess = self._sizes.guess(model.name, len(question.body), model.max_model_len)
         call_id = self._ids.new()
         call = Call(
             call_id,
@@ -186,7 +187,8 @@ class Gateway:
             caller,
             question,
             model,
-            self._sizes.guess(model.name, len(question.body), model.max_model_len),
+            prompt_guess,
+            prompt_guess + min(question.guessed_completion_tokens, model.max_model_len),
         )
         if self._tracing.on:
             call.trace = self._tracing.begin(request.headers.traceparent)

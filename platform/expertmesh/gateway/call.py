@@ -24,8 +24,9 @@ _TEMPLATE_TOKENS = 256
 _MOST_SEQUENCES = 16_384
 """For one prompt; vLLM refuses more."""
 
-_MANY_BRACKETS = 500
-_SPARE_FRAMES = 50
+_DEEP_BYTES = 1500
+"""A shorter body cannot be nested as deeply as the stack allows."""
+_SPARE_FRAMES = 24
 """A body that can be read here must be readable where it is read again, deeper in the program."""
 
 _ABSENT = msgspec.Raw(b"")
@@ -103,11 +104,10 @@ def read_question(
 ) -> Question | ApiError:
     """`session` is what the headers name; it goes before anything in the body."""
     try:
-        # Only a body with so many can be nested as deeply as the stack allows.
-        if body.count(b"[") + body.count(b"{") < _MANY_BRACKETS:
-            ask = _decode_ask(body)
-        else:
-            ask = _decode_deeper(body, _SPARE_FRAMES)
+        if not body.isascii():
+            body.decode()  # what only the rank reads is checked too
+        deep = len(body) > _DEEP_BYTES
+        ask = _decode_deeper(body, _SPARE_FRAMES) if deep else _decode_ask(body)
     except msgspec.ValidationError as error:
         return ApiError(400, f"The request body is not valid: {error}.")
     except _UNREADABLE as error:
@@ -240,6 +240,8 @@ class Call(msgspec.Struct, eq=False):
     question: Question
     model: ServedModel
     prompt_guess: int
+    tokens: int
+    """Of the prompt and its completions, as guessed: for rates and load figures."""
     # What became of it
     outcome: Outcome = Outcome.OK
     status: int = 0
@@ -274,13 +276,6 @@ class Call(msgspec.Struct, eq=False):
     settled: bool = False
 
     @property
-    def tokens(self) -> int:
-        """For load figures."""
-        return self.prompt_guess + min(
-            self.question.guessed_completion_tokens, self.model.max_model_len
-        )
-
-    @property
     def most_prompt_tokens(self) -> int:
         """Never below what the engine will count: no token of text is shorter than a byte."""
         body = self.question.body
@@ -299,6 +294,8 @@ class Call(msgspec.Struct, eq=False):
 
     @property
     def most_completion_tokens(self) -> int:
+        if not self.endpoint.completes:
+            return 0
         most = self.model.max_model_len
         limit = self.question.max_tokens
         return (most if limit is None or limit > most else limit) * self.question.sequences

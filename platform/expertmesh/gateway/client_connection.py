@@ -238,10 +238,7 @@ class ClientConnection(asyncio.Protocol):
             self._input_ended = True
         except httptools.HttpParserError as error:
             # What stood whole before the fault is answered first.
-            refused = self._receiving.refusal if self._receiving is not None else None
-            self._refuse(
-                refused or ApiError(400, f"The request is no valid HTTP/1.1: {_reason(error)}.")
-            )
+            self._refuse(ApiError(400, f"The request is no valid HTTP/1.1: {_reason(error)}."))
             return
         receiving = self._receiving
         if receiving is not None:

@@ -14,6 +14,8 @@ from expertmesh.core.routing.router import Router
 from expertmesh.gateway.call import Call
 
 _NO_LOAD: Final = GroupLoad()
+_LEAST_PREFIX_BYTES: Final = 2048
+"""Some 500 tokens: what is shorter is computed anew before a detour pays."""
 _MOST_PREFIX_BYTES: Final = 32 * 1024
 
 
@@ -133,8 +135,20 @@ class FleetView:
         session = call.question.session
         if session is not None:
             return router.choose(model, call.failed, session)
-        prompt = bytes(memoryview(call.question.prompt)[:_MOST_PREFIX_BYTES])
-        return router.choose(model, call.failed, None, prefix_blocks(prompt))
+        prompt = call.question.prompt
+        if len(prompt) < _LEAST_PREFIX_BYTES:
+            return router.choose(model, call.failed)
+        beginning = bytes(memoryview(prompt)[:_MOST_PREFIX_BYTES])
+        return router.choose(model, call.failed, None, prefix_blocks(beginning))
+
+    def ejected_ranks(self) -> dict[str, int]:
+        """By model: number of ranks that get nothing because they have failed."""
+        counts = dict.fromkeys(self.names, 0)
+        for group in self.fleet.groups if self.fleet is not None else ():
+            for rank in group.ranks:
+                if self._router.health.state(rank.base_url) is RankState.EJECTED:
+                    counts[group.model] = counts.get(group.model, 0) + 1
+        return counts
 
     def choose_again(self, call: Call) -> Candidate | None:
         """For a call that has failed at a rank: another one, or else an external provider."""

@@ -65,7 +65,6 @@ class Flight:
         "_connecting",
         "_connection",
         "_head",
-        "_head_sent",
         "_held",
         "_mode",
         "_reconnected",
@@ -75,6 +74,7 @@ class Flight:
         "call",
         "client",
         "comment_at_s",
+        "head_sent",
         "limit_s",
         "since_s",
         "state",
@@ -97,7 +97,7 @@ class Flight:
         self._connecting: asyncio.Task[None] | None = None
         self._reconnected = False
         self._head: AnswerHead | None = None
-        self._head_sent = False
+        self.head_sent = False
         self._mode = _Mode.WHOLE
         self._held: list[bytes] = []
         self._size = 0
@@ -122,7 +122,7 @@ class Flight:
 
     def hold_comment(self, now_s: float) -> None:
         """Show a client that waits for a stream that its connection lives."""
-        if not self._head_sent:
+        if not self.head_sent:
             self._send_head()
         if not self.client.full:
             self.client.send(_COMMENT)
@@ -382,7 +382,7 @@ class Flight:
             call.first_byte_s = self.since_s = relay.now_s()
             call.status = 200
             relay.stream_began(call)
-            if not self._head_sent:
+            if not self.head_sent:
                 self._send_head()
             self.state = State.STREAMING
             self.limit_s = relay.limits.stall_timeout_s
@@ -443,7 +443,7 @@ class Flight:
         self._end_attempt(None)
         self._done()
         self._relay.settle(call)
-        if self._head_sent:
+        if self.head_sent:
             # A stream was asked for and promised, and the rank has answered with a whole body.
             self.client.end_stream(b"data: " + body + b"\n\n")
             return
@@ -463,7 +463,7 @@ class Flight:
 
     def _send_head(self) -> None:
         call = self.call
-        self._head_sent = True
+        self.head_sent = True
         self.client.begin_stream(
             STREAM_LINES + id_lines(call.endpoint.protocol, call.request_id) + call.limit_lines
         )
@@ -485,7 +485,7 @@ class Flight:
         call.error = call.error or error.message
         self._done()
         self._relay.settle(call)
-        if self._head_sent:
+        if self.head_sent:
             client.end_stream(error_event(call.endpoint.answer, error, call.request_id))
             return
         client.send_whole(

@@ -113,16 +113,22 @@ class GatewayMetrics:
     ) -> None:
         """Sets the metrics that these keep themselves."""
         self.in_flight.clear()
-        for name, count in view.groups.items():
-            self.in_flight.labels(count.model, name, count.pool).set(count.in_flight)
+        for name, group in view.groups.items():
+            self.in_flight.labels(group.model, name, group.pool).set(group.in_flight)
         self.queued.clear()
         self.queued_tokens.clear()
+        self.held_streams.clear()
+        self.ejected_ranks.clear()
+        for model, count in relay.held_streams().items():
+            self.held_streams.labels(model).set(count)
+        for model, count in view.ejected_ranks().items():
+            self.ejected_ranks.labels(model).set(count)
         for model in view.names:
             self.queued.labels(model).set(admission.queued(model))
             self.queued_tokens.labels(model).set(admission.queued_tokens(model))
         self.open_requests.labels().set(relay.open_calls)
         self.upstream_connections.labels("idle").set(relay.pool.idle_connections)
-        busy = sum(count.in_flight for count in view.groups.values())
+        busy = sum(group.in_flight for group in view.groups.values())
         self.upstream_connections.labels("busy").set(busy)
         self.usage_pending.set(writer.pending)
         self.usage_given_up.value = writer.given_up

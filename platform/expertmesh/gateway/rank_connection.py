@@ -21,13 +21,16 @@ class Origin:
     host: str
     port: int
     tls: bool = False
+    name: str = ""
+    """Of all three; connections are kept by it."""
 
     @classmethod
     def of(cls, url: str) -> "Origin":
         """Of an http or https URL."""
         parts = urlsplit(url)
         tls = parts.scheme == "https"
-        return cls(parts.hostname or "", parts.port or (443 if tls else 80), tls)
+        host, port = parts.hostname or "", parts.port or (443 if tls else 80)
+        return cls(host, port, tls, f"{parts.scheme}://{host}:{port}")
 
 
 class AnswerHead(msgspec.Struct, frozen=True, gc=False):
@@ -243,13 +246,13 @@ class RankPool:
         self.connect_timeout_s = connect_timeout_s
         self._idle_s = idle_s
         self._now_s = now_s
-        self._idle: dict[Origin, list[RankConnection]] = {}
+        self._idle: dict[str, list[RankConnection]] = {}
         self._connecting: set[asyncio.Task[None]] = set()
         self._tls: ssl.SSLContext | None = None
 
     def take(self, origin: Origin) -> RankConnection | None:
         """The idle connection that was used last; None when there is none."""
-        idle = self._idle.get(origin)
+        idle = self._idle.get(origin.name)
         while idle:
             connection = idle.pop()
             if connection.usable:
@@ -264,9 +267,9 @@ class RankPool:
         return task
 
     def give_back(self, connection: RankConnection) -> None:
-        idle = self._idle.get(connection.origin)
+        idle = self._idle.get(connection.origin.name)
         if idle is None:
-            idle = self._idle[connection.origin] = []
+            idle = self._idle[connection.origin.name] = []
         if len(idle) >= _MOST_IDLE:
             connection.drop()
             return
@@ -274,7 +277,7 @@ class RankPool:
         idle.append(connection)
 
     def lost(self, connection: RankConnection) -> None:
-        idle = self._idle.get(connection.origin)
+        idle = self._idle.get(connection.origin.name)
         if idle and connection in idle:
             idle.remove(connection)
 

@@ -66,6 +66,15 @@ class Relay:
     def open_calls(self) -> int:
         return len(self._flights)
 
+    def held_streams(self) -> dict[str, int]:
+        """By model: waiting calls whose stream has begun, with comments only."""
+        counts: dict[str, int] = {}
+        for flight in self._flights:
+            if flight.state is State.QUEUED and flight.head_sent:
+                name = flight.call.model.name
+                counts[name] = counts.get(name, 0) + 1
+        return counts
+
     def begin(self, call: Call, client: ClientConnection) -> Flight:
         flight = Flight(self, call, client)
         self._flights.add(flight)

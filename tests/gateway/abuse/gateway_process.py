@@ -28,6 +28,8 @@ ASLEEP = "tiny-asleep"
 """In the fleet, without a group: requests for it wait."""
 GROUP = "em-tiny-moe-pool-a-0"
 _ROOM = 100_000
+_SPARE_FILES = 4
+"""The usage journal and the store open and close some."""
 _START_S = 60.0
 _STOP_S = 20.0
 
@@ -41,13 +43,15 @@ class Counts:
     queued: int
     idle_to_ranks: int
     usage_pending: int
+    clients: int
+    """Their connections."""
     files: int
     rss_bytes: int
 
     @property
     def own_files(self) -> int:
-        """Without connections to ranks, which stay open for the next request."""
-        return self.files - self.idle_to_ranks
+        """Without connections; those to ranks stay open for the next request."""
+        return self.files - self.idle_to_ranks - self.clients
 
 
 @dataclass(slots=True)
@@ -107,12 +111,17 @@ class GatewayProcess:
                 if name == "em_gateway_upstream_connections":
                     name = f"{name} {sample.labels['state']}"
                 sums[name] = sums.get(name, 0.0) + sample.value
+        clients = sum(
+            connection.laddr.port == self.port and connection.status != psutil.CONN_LISTEN
+            for connection in self.process.net_connections("tcp4")
+        )
         return Counts(
             open_requests=int(sums["em_gateway_open_requests"]),
             in_flight=int(sums.get("em_gateway_in_flight_requests", 0)),
             queued=int(sums.get("em_gateway_queued_requests", 0)),
             idle_to_ranks=int(sums["em_gateway_upstream_connections idle"]),
             usage_pending=int(sums["em_gateway_usage_pending_records"]),
+            clients=clients,
             files=self.process.num_fds(),
             rss_bytes=self.process.memory_info().rss,
         )
@@ -128,12 +137,14 @@ class GatewayProcess:
             assert time.monotonic() < deadline_s, counts
             await asyncio.sleep(0.1)
 
-    async def until_files(self, most: int, timeout_s: float = 10.0) -> None:
-        """Until the gateway has closed its clients' connections."""
+    async def left(self, before: Counts, timeout_s: float = 10.0) -> Counts:
+        """When no client is connected any more. Fails when one stays, or when files stay open."""
         deadline_s = time.monotonic() + timeout_s
-        while (counts := await self.counts()).own_files > most:
-            assert time.monotonic() < deadline_s, (counts, most)
+        while (counts := await self.counts()).clients:
+            assert time.monotonic() < deadline_s, counts
             await asyncio.sleep(0.1)
+        assert counts.own_files <= before.own_files + _SPARE_FILES, (before, counts)
+        return counts
 
 
 @asynccontextmanager

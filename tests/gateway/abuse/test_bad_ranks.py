@@ -1,6 +1,7 @@
 """Ranks that do not keep to HTTP, or to what they have announced."""
 
 import asyncio
+import io
 import json
 import re
 from collections.abc import AsyncIterator, Callable
@@ -341,7 +342,8 @@ async def test_a_rank_that_reads_nothing_holds_no_request_for_ever() -> None:
         body = {"model": MODEL, "messages": [{"role": "user", "content": "x" * 5_000_000}]}
         headers = {"Authorization": f"Bearer {SECRET}"}
         url = f"{stand.url}/v1/chat/completions"
-        async with stand.http.post(url, json=body, headers=headers) as response:
+        data = io.BytesIO(json.dumps(body).encode())
+        async with stand.http.post(url, data=data, headers=headers) as response:
             assert response.status == 504
         await at_rest(stand)
         server.close()
