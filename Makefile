@@ -3,7 +3,7 @@ MANIFESTS ?= -f deployments/local.yaml -f deployments/tiny-moe.yaml
 EXPERTMESH := .venv/bin/expertmesh
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-fast lint fmt bench chart dashboards model clean
+.PHONY: help setup demo up test test-fast lint fmt bench bench-gateway chart dashboards model clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -29,8 +29,12 @@ lint: setup ## ruff, mypy strict, import-linter
 fmt: setup ## format and mend, then lint
 	@scripts/lint.sh fix
 
-bench: setup ## the benchmarks; prints tables
+bench: setup ## the benchmarks of the whole system; prints tables
 	@.venv/bin/python -m benchmarks.first_light
+
+bench-gateway: setup ## the gateway alone on one core; with PEERS=1 beside other gateways
+	@$(if $(PEERS),scripts/install-bench-peers.sh)
+	@.venv/bin/python -m benchmarks.gateway $(if $(PEERS),--peers)
 
 chart: setup ## regenerate the chart's schema, lint and render it
 	@scripts/install-tools.sh

@@ -98,7 +98,7 @@ def test_the_gateway_image_is_slim_and_runs_as_the_chart_s_user() -> None:
     templates = (CHART / "templates" / "_helpers.tpl").read_text()
     assert "runAsUser: 10001" in templates
     installs = " ".join(dockerfile.all("RUN"))
-    assert '".[gateway,controller]"' in installs
+    assert '".[gateway,controller,redis,traces]"' in installs
     (workdir,) = dockerfile.all("WORKDIR")[-1:]
     assert f"sqlite+aiosqlite:///{workdir}/store.db" in templates
 

@@ -53,10 +53,14 @@ async def until(condition: Callable[[], Awaitable[object] | object], timeout_s: 
         await asyncio.sleep(0.02)
 
 
+async def until_above(count: Callable[[], int], bound: int, timeout_s: float = 30) -> None:
+    await until(lambda: count() > bound, timeout_s)
+
+
 def write_platform(file: Path, **gateway: Any) -> Path:
     """A platform file with this part `gateway`."""
     pool = {"name": "pool-a", "market": "local", "usd_per_node_hour": 0.1}
-    platform = {"kind": "Platform", "name": "test", "pools": [pool]}
+    platform: dict[str, Any] = {"kind": "Platform", "name": "test", "pools": [pool]}
     file.write_text(yaml.safe_dump({**platform, "gateway": {"port": 8080, **gateway}}))
     return file
 
@@ -172,8 +176,9 @@ class GatewayProcess:
     async def kill_all(self) -> None:
         """With its workers, in no order."""
         family = self.children()
-        for one in random.sample((self.process, *family), len(family) + 1):
-            one.kill()
+        pids = [self.process.pid, *(one.pid for one in family)]
+        for pid in random.sample(pids, len(pids)):
+            os.kill(pid, signal.SIGKILL)
         await self.process.wait()
         await until(lambda: not any(one.is_running() for one in family))
 
@@ -317,13 +322,13 @@ async def site(
         store = store or f"sqlite+aiosqlite:///{folder}/store.db"
         database = await open_database(store)
         stack.push_async_callback(database.close)
-        sessions = [
-            await stack.enter_async_context(
-                aiohttp.ClientSession(
-                    connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
-                    timeout=aiohttp.ClientTimeout(30),
-                )
+        keeping, closing = (
+            aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=0, force_close=force_close),
+                timeout=aiohttp.ClientTimeout(30),
             )
             for force_close in (False, True)
-        ]
-        yield Site(folder, store, rank, controller, database, *sessions, stack)
+        )
+        for session in (keeping, closing):
+            await stack.enter_async_context(session)
+        yield Site(folder, store, rank, controller, database, keeping, closing, stack)

@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from tests.gateway.gateway_process import GatewayProcess, Got, Site, ask, free_port, site, until
+from tests.gateway.gateway_process import (
+    GatewayProcess,
+    Got,
+    Site,
+    ask,
+    free_port,
+    site,
+    until,
+    until_above,
+)
 from tests.gateway.stand import MESH_TOKEN
 from tests.mock_rank import MockRank
 from tests.store.postgresql import PostgresqlServer, postgresql_server
@@ -83,7 +92,7 @@ class Client:
 
 @pytest.mark.parametrize(
     ("kind", "rounds", "workers"),
-    [("sqlite", 6, 1), ("postgresql", 3, 1), ("sqlite", 3, 2)],
+    [("sqlite", 6, 1), ("postgresql", 2, 1), ("sqlite", 2, 2)],
     ids=["SQLite", "PostgreSQL", "two workers"],
 )
 async def test_whenever_it_is_killed_each_answer_has_one_row(
@@ -107,14 +116,12 @@ async def test_whenever_it_is_killed_each_answer_has_one_row(
             return sum(len(one.whole) for one in clients)
 
         for _ in range(rounds):
-            seen = answers()
-            await until(lambda seen=seen: answers() > seen + 20)
+            await until_above(answers, answers() + 20)
             await asyncio.sleep(chance.uniform(0.0, 1.0))
             await gateway.kill_all()
             assert "Traceback" not in gateway.errors
             gateway = await place.start(*arguments, port=port)
-        seen = answers()
-        await until(lambda: answers() > seen + 20)
+        await until_above(answers, answers() + 20)
         for one in clients:
             one.ended = True
         await asyncio.gather(*tasks)
@@ -242,4 +249,4 @@ async def test_a_budget_outlives_a_kill_with_what_was_only_in_the_journal(
     rows = await place.rows(60 + statuses[200])
     spent_usd = float(sum(row.tariff_usd for row in rows))
     assert 0.9 * budget_usd < spent_usd <= budget_usd
-    assert 60 < len(rows)
+    assert len(rows) > 60

@@ -17,6 +17,7 @@ from tests.gateway.gateway_process import (
     launch,
     site,
     until,
+    until_above,
     write_platform,
 )
 from tests.gateway.stand import MESH_TOKEN, group_of
@@ -140,9 +141,7 @@ async def test_a_new_configuration_is_taken_without_dropping_a_request(tmp_path:
         for number in range(5):
             write_platform(file, cors_origins=[PAGE, f"https://{number}.example"])
             gateway.signal(signal.SIGHUP)
-            await until(
-                lambda times=number + 2: gateway.errors.count("configuration again") >= times, 10
-            )
+            await until_above(lambda: gateway.errors.count("configuration again"), number + 1)
         file.write_text("kind: Platform\nname: [")
         gateway.signal(signal.SIGHUP)
         await until(lambda: "keeps its configuration" in gateway.errors, 10)

@@ -38,7 +38,9 @@ async def start_two(place: Site, redis: RedisServer, choice: str) -> list[Gatewa
     ]
 
 
-async def ask_both(place: Site, gateways: list[GatewayProcess], key: NewKey, count: int) -> Counter:
+async def ask_both(
+    place: Site, gateways: list[GatewayProcess], key: NewKey, count: int
+) -> Counter[int]:
     answers = await asyncio.gather(
         *(ask(place.spread, gateways[number % 2].url, key, number % 32) for number in range(count))
     )

@@ -488,6 +488,7 @@ class ClientConnection(asyncio.Protocol):
                 self._active = request
                 if request.refusal is not None:
                     request.keep_alive = False
+                    self._input_ended = True
                     self._handler.refuse(request, self, request.refusal)
                 else:
                     self._handler.handle(request, self)

@@ -88,9 +88,9 @@ class EventStream:
         if self._tail:
             chunk = self._tail + chunk
             self._tail = b""
-        if b"\r" in chunk:
-            chunk = chunk.replace(b"\r\n", b"\n")
         if not chunk.endswith(b"\n\n"):
+            if b"\r" in chunk:
+                chunk = chunk.replace(b"\r\n", b"\n")
             cut = chunk.rfind(b"\n\n") + 2
             if cut == 1:
                 if len(chunk) > _MOST_EVENT_BYTES:

@@ -69,7 +69,7 @@ async def _attack(folder: Path) -> None:
         assert sum(tally.statuses.values()) > REQUESTS / 2
         assert {200, 400, 401, 404, 405, 408, 413, 415, 417, 431, 501} <= set(tally.statuses)
         assert after.rss_bytes - before.rss_bytes < GROWTH_BYTES
-        await gateway.until_files(before.own_files)
+        await gateway.left(before)
         assert gateway.complaints() == []
         await _room_for_as_many_as_allowed(gateway)
         answers = await _answers(gateway, maker.good("/v1/chat/completions"))

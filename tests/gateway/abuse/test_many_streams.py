@@ -70,7 +70,7 @@ async def _many(folder: Path) -> None:
         after = await gateway.at_rest()
         rss.cancel()
         most = await rss
-        await gateway.until_files(before.own_files)
+        await gateway.left(before)
 
         assert crowd.faults == []
         assert rank.faults == []
