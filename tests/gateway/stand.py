@@ -37,6 +37,7 @@ MESH_TOKEN = "mesh-secret"
 SECRET = "sk-em-" + "a" * 43
 MODEL = "tiny-moe"
 QUICK = GatewayLimits(
+    connect_timeout_s=10.0,
     exchange_period_s=0.05,
     keys_period_s=0.05,
     ledger_period_s=0.05,

@@ -76,7 +76,6 @@ class Desk:
     async def chat(self, secret: str) -> int:
         async with self.stand.post(CHAT_PATH, CHAT, secret=secret) as response:
             text = await response.text()
-            if response.status==502: print(text)
             assert not [each for each in self.secrets if each in text]
             return int(response.status)
 

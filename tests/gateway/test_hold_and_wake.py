@@ -309,6 +309,17 @@ async def test_too_old_before_a_ready_group_is_429() -> None:
         assert stand.count("em_gateway_rejections_total", reason="queue_timeout") == 2
 
 
+async def test_who_may_not_wait_before_a_ready_group_is_429_at_once() -> None:
+    async with busy(max_wait_s=0.0) as (stand, rank):
+        status, body, headers = await ask(stand)
+        assert (status, body["error"]["code"]) == (429, "queue_timeout")
+        assert headers["x-em-dropped-reason"] == "queue_timeout"
+        # Asleep it is 503.
+        await stand.show(group_of(rank, state=GroupState.STARTING))
+        status, _, headers = await ask(stand)
+        assert (status, headers["x-em-dropped-reason"]) == (503, "no_capacity")
+
+
 @pytest.mark.parametrize("ready", [True, False], ids=["ready", "asleep"])
 async def test_a_full_queue_is_429(ready: bool) -> None:
     limits = replace(QUICK, waiting_requests=2)

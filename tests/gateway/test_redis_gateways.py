@@ -23,7 +23,9 @@ def redis() -> Iterator[RedisServer]:
         yield started
 
 
-async def start_two(place: Site, redis: RedisServer, choice: str) -> list[GatewayProcess]:
+async def start_two(
+    place: Site, redis: RedisServer, choice: str, workers_of_second: int = 1
+) -> list[GatewayProcess]:
     limits = {
         "store": "redis",
         "redis_url_variable": "SOME_REDIS_URL",
@@ -32,9 +34,11 @@ async def start_two(place: Site, redis: RedisServer, choice: str) -> list[Gatewa
     file = write_platform(place.folder / "platform.yaml", limits=limits)
     return [
         await place.start(
-            *("--config", str(file)), state=place.folder / name, SOME_REDIS_URL=redis.url
+            *("--config", str(file), "--workers", str(workers)),
+            state=place.folder / name,
+            SOME_REDIS_URL=redis.url,
         )
-        for name in ("one", "two")
+        for name, workers in (("one", 1), ("two", workers_of_second))
     ]
 
 
@@ -52,7 +56,7 @@ async def test_two_gateways_let_in_what_one_may(tmp_path: Path, redis: RedisServ
     async with site(tmp_path, rank) as place:
         by_requests = await place.key("by-requests", Limits(requests_per_min=100))
         by_money = await place.key("by-money", Limits(usd_per_day=0.003))
-        gateways = await start_two(place, redis, "closed")
+        gateways = await start_two(place, redis, "closed", workers_of_second=2)
         loop = asyncio.get_running_loop()
         started_s = loop.time()
         statuses = await ask_both(place, gateways, by_requests, 400)
@@ -65,6 +69,7 @@ async def test_two_gateways_let_in_what_one_may(tmp_path: Path, redis: RedisServ
         rows = await place.rows(paid, "by-money")
         assert 0.0028 < sum(row.tariff_usd for row in rows) <= 0.003
         assert {(row.tenant, row.outcome) for row in rows} == {("by-money", "ok")}
+        assert [await gateway.stop() for gateway in gateways] == [0, 0]
 
 
 @pytest.mark.parametrize("choice", ["closed", "open"])

@@ -79,7 +79,7 @@ async def test_a_session_stays_at_its_rank(stand: Stand, session_of: SessionOf) 
     for number in range(48):
         name = f"session-{number}"
         asked, headers = session_of(name)
-        for turn in range(3):
+        for turn in range(2):
             messages = [*MESSAGES, {"role": "user", "content": f"turn {turn}"}]
             assert (await ask(stand, {**asked, "messages": messages}, **headers))[0] == 200
         (home,) = used(ranks)

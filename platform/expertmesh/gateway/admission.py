@@ -156,7 +156,7 @@ class Admission:
         deadline_s = self._deadline_s(call)
         if deadline_s <= now_s or (self._closed and not self._view.is_ready(name)):
             if refuse:
-                self._turn_away(flight, "draining" if self._closed else "no_capacity")
+                self._turn_away(flight, "draining" if self._closed else "queue_timeout")
             return False
         caller = call.caller
         waiting = Waiting(
