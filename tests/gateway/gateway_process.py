@@ -297,15 +297,9 @@ class Site:
 
 
 async def _end(process: asyncio.subprocess.Process) -> None:
-    family: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(process.pid)
-        family = parent.children(recursive=True)
-    if process.returncode is None:
-        process.kill()
-    for child in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
+    """With all that it has started, also when it is gone itself."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     await process.wait()
 
 

@@ -21,6 +21,8 @@ from expertmesh.gateway.usage_writer import UsageWriter
 from expertmesh.telemetry.traces import CallTrace, TracedCall, Tracing
 
 _NOTHING: Final = TokenCount(0, 0, 0)
+_REFUSED: Final = "refused"
+"""In the log: by a limit, for want of room, or by the rank as a faulty request."""
 
 
 class Settlement:
@@ -182,7 +184,7 @@ class Settlement:
                 call.model.name,
                 call.question.stream,
                 CLIENT_CLOSED if call.outcome is Outcome.ABORTED else call.status,
-                call.outcome.value,
+                _REFUSED if call.outcome is Outcome.OK and call.status >= 400 else call.outcome.value,
                 None if candidate is None else candidate.group,
                 None if candidate is None else candidate.rank,
                 call.attempts_failed,

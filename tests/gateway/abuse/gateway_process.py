@@ -71,7 +71,7 @@ class GatewayProcess:
     @property
     def journal_bytes(self) -> int:
         """On disk, of all segments."""
-        files = (self.state_dir / "usage").glob("*.usage1")
+        files = (self.state_dir / "usage").rglob("*.usage1")
         return sum(file.stat().st_blocks * 512 for file in files)
 
     def complaints(self) -> list[str]:
@@ -169,6 +169,7 @@ async def gateway_process(
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
     state_dir = folder / "state"
+    command: tuple[str, ...]
     if bounds is None:
         command = (
             *("-m", "expertmesh", "gateway", "--host", "127.0.0.1", "--port", str(port)),

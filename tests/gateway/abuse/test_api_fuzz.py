@@ -19,13 +19,13 @@ from expertmesh.store.keys import KeyBook
 TOOL = "from schemathesis.cli import schemathesis; schemathesis()"
 USAGE = "/admin/v1/usage"
 DISABLE = "/admin/v1/tenants/{name}/disable"
+FORTY = ("--max-examples", "40")
 # Names of what there is come out of answers: those of the key in use and of its tenant as well. So
 # what would lock the tool out runs apart, where it gets no such answers.
 ADMIN_RUNS = (
-    ("--max-examples", "40", "--exclude-path", DISABLE, "--exclude-path", USAGE)
-    + ("--exclude-method", "DELETE"),
-    ("--max-examples", "40", "--include-path", DISABLE),
-    ("--max-examples", "40", "--include-method", "DELETE"),
+    (*FORTY, "--exclude-path", DISABLE, "--exclude-path", USAGE, "--exclude-method", "DELETE"),
+    (*FORTY, "--include-path", DISABLE),
+    (*FORTY, "--include-method", "DELETE"),
     # Each report is a process of its own.
     ("--max-examples", "4", "--include-path", USAGE),
 )

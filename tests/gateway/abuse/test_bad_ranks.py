@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tests.gateway.stand import MODEL, QUICK, SECRET, Stand, group_of, standing, until
@@ -275,7 +275,7 @@ async def test_an_idle_connection_that_ends_is_not_seen_by_clients(
         await until(lambda: not stand.count("em_gateway_upstream_connections", state="idle"))
     else:
         # The rank reads nothing any more, and resets when the next request comes.
-        script.writers[0].transport.pause_reading()
+        cast(asyncio.Transport, script.writers[0].transport).pause_reading()
         asyncio.get_running_loop().call_later(0.2, script.writers[0].transport.abort)
     status, text = await ask(stand)
     assert (status, json.loads(text)["id"]) == (200, "second")
@@ -334,7 +334,7 @@ async def test_a_rank_that_reads_nothing_holds_no_request_for_ever() -> None:
         hanging: list[asyncio.StreamWriter] = []
 
         async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            writer.transport.pause_reading()
+            cast(asyncio.Transport, writer.transport).pause_reading()
             hanging.append(writer)
 
         server = await asyncio.start_server(hang, "127.0.0.1", 0)

@@ -39,11 +39,10 @@ def read_answers(data: bytes, ended: bool = False) -> list[Answer]:
         status = int(found[1])
         if status == 100:
             continue
-        headers = {}
+        headers: dict[str, str] = {}
         for line in found[2].split(b"\r\n")[:-1]:
             name, _, value = line.partition(b":")
-            if headers.setdefault(name.decode().lower(), value.strip().decode()) is None:
-                raise BadAnswer(line)
+            headers[name.decode().lower()] = value.strip().decode()
         if "content-length" in headers:
             size = int(headers["content-length"])
             body, place = data[place : place + size], place + size
@@ -64,7 +63,7 @@ def read_answers(data: bytes, ended: bool = False) -> list[Answer]:
 
 def _read_chunks(data: bytes, place: int) -> tuple[bytes, int] | None:
     """The body, and where it ends; None when it does not end yet."""
-    parts = []
+    parts: list[bytes] = []
     while True:
         end = data.find(b"\r\n", place)
         if end < 0:
