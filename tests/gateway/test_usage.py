@@ -58,3 +58,11 @@ def test_prompt_sizes_learn_each_models_ratio() -> None:
 def test_a_guess_stays_within_the_context() -> None:
     assert PromptSizes().guess("m", 10_000_000, 4096) == 4096
     assert PromptSizes().guess("m", 0, 4096) == 1
+
+
+def test_a_rank_cannot_write_numbers_that_the_ledger_cannot_hold() -> None:
+    data = b'{"usage":{"prompt_tokens":1%b,"completion_tokens":9%b}}' % (b"0" * 18, b"0" * 17)
+    assert read_usage(data) == TokenCount(2**40, 0, 2**40)
+    assert read_usage(b'{"usage":{"prompt_tokens":-5,"completion_tokens":-1}}') == TokenCount(
+        0, 0, 0
+    )

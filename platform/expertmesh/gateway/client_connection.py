@@ -254,12 +254,16 @@ class ClientConnection(asyncio.Protocol):
                     ApiError(431, "The request's chunks have far more around them than in them.")
                 )
                 return
-        if self._arrived:
-            if not self._turning:
-                self._turn()
-            if not self._paused_reading and not self._closing and self._backlog_full():
-                self._paused_reading = True
-                self._transport.pause_reading()
+        if self._arrived and not self._turning:
+            self._turn()
+        if (
+            self._arrived
+            and not self._paused_reading
+            and not self._closing
+            and self._backlog_full()
+        ):
+            self._paused_reading = True
+            self._transport.pause_reading()
 
     # The parser calls these.
 
@@ -509,6 +513,7 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._paused_reading and not self._backlog_full():
             self._paused_reading = False
+            self._since_s = self._idle_since_s  # what it could not send meanwhile was not late
             self._transport.resume_reading()
         if self._arrived and not self._turning:
             self._turn()

@@ -184,7 +184,9 @@ class Settlement:
                 call.model.name,
                 call.question.stream,
                 CLIENT_CLOSED if call.outcome is Outcome.ABORTED else call.status,
-                _REFUSED if call.outcome is Outcome.OK and call.status >= 400 else call.outcome.value,
+                _REFUSED
+                if call.outcome is Outcome.OK and call.status >= 400
+                else call.outcome.value,
                 None if candidate is None else candidate.group,
                 None if candidate is None else candidate.rank,
                 call.attempts_failed,

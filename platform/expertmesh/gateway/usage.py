@@ -41,6 +41,7 @@ class _Answer(msgspec.Struct):
     """In the first event of messages."""
 
 
+_MOST_TOKENS = 2**40
 _decode = msgspec.json.Decoder(_Answer).decode
 
 
@@ -72,8 +73,13 @@ def _count(usage: _Usage) -> TokenCount:
         else:
             cached = usage.cache_read_input_tokens
             prompt += (cached or 0) + (usage.cache_creation_input_tokens or 0)
-    prompt = max(0, prompt)
-    return TokenCount(prompt, min(max(0, cached or 0), prompt), max(0, completion or 0))
+    prompt = _sane(prompt)
+    return TokenCount(prompt, min(_sane(cached or 0), prompt), _sane(completion or 0))
+
+
+def _sane(tokens: int) -> int:
+    """No rank may write what the ledger cannot hold."""
+    return max(0, min(tokens, _MOST_TOKENS))
 
 
 class PromptSizes:

@@ -284,7 +284,6 @@ async def test_an_idle_connection_that_ends_is_not_seen_by_clients(
 
 
 ABSURD: dict[str, Callable[[], bytes]] = {
-    "more tokens than a number holds": lambda: usage(10**30),
     "negative tokens": lambda: usage(-5),
     "tokens that are no number": lambda: usage("many"),
     "no object": lambda: json_answer(b"[1,2]"),
@@ -315,6 +314,19 @@ async def test_absurd_usage_harms_neither_the_client_nor_the_ledger(
     assert (status, json.loads(text)["id"]) == (200, "second")
     rows = await stand.rows(2)
     assert all(0 <= row.prompt_tokens < 2**63 for row in rows)
+    await at_rest(stand)
+
+
+async def test_more_tokens_than_a_number_holds_are_told_in_the_log(
+    stand: Stand, script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    script.answers = [usage(10**30), whole("second")]
+    assert (await ask(stand))[0] == 200
+    assert json.loads((await ask(stand))[1])["id"] == "second"
+    (row,) = await stand.rows()
+    assert row.prompt_tokens == 1
+    (line,) = [text for text in caplog.messages if "usage: not written" in text]
+    assert str(10**30) in line
     await at_rest(stand)
 
 

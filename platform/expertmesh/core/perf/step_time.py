@@ -1,0 +1,235 @@
+"""How long one step of a group takes: a roofline a kind of layer, exchanges, and a fixed cost.
+
+Everything is of the busiest GPU; the group waits for it. Efficiencies are an era's
+(`core.perf.efficiency`), exchanges those of a `Fabric`.
+"""
+
+from dataclasses import dataclass
+
+from expertmesh.core.domain.accelerator import Accelerator
+from expertmesh.core.domain.model_shape import Dtype, ModelShape
+from expertmesh.core.perf.efficiency import Efficiency, efficiency
+from expertmesh.core.perf.fabric import Exchange, Fabric, expected_domains
+from expertmesh.core.perf.layout import Layout
+from expertmesh.core.perf.work import (
+    Tokens,
+    Work,
+    attention_work,
+    dense_work,
+    expert_work,
+    imbalance,
+)
+
+OVERLAP_DECODE_TOKENS = 32
+OVERLAP_PREFILL_TOKENS = 512
+"""Fewer tokens on a rank are never split into two batches: vLLM's DBO thresholds."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one step; the parts less what is hidden add up to `total_s`."""
+
+    attention_s: float
+    experts_s: float
+    dense_s: float
+    """Dense layers, shared experts and the output head."""
+    network_s: float
+    fixed_s: float
+    hidden_s: float
+    """Of the network, behind the other half of the batch."""
+    memory_bound_s: float
+    """Of the first three: what memory bandwidth limits. The rest of them is arithmetic."""
+
+    @property
+    def total_s(self) -> float:
+        busy_s = self.attention_s + self.experts_s + self.dense_s + self.fixed_s
+        return busy_s + self.network_s - self.hidden_s
+
+    @property
+    def limit(self) -> str:
+        """What takes most: `memory`, `compute`, `network` or `fixed`."""
+        layers_s = self.attention_s + self.experts_s + self.dense_s
+        parts = {
+            "memory": self.memory_bound_s,
+            "compute": layers_s - self.memory_bound_s,
+            "network": self.network_s - self.hidden_s,
+            "fixed": self.fixed_s,
+        }
+        return max(parts, key=lambda name: parts[name])
+
+
+def decode_step(
+    shape: ModelShape,
+    accelerator: Accelerator,
+    layout: Layout,
+    fabric: Fabric,
+    batch_per_rank: float,
+    context: float,
+    *,
+    kv: Dtype = Dtype.BF16,
+    overlap: bool = True,
+    tokens_per_sequence: int = 1,
+    reached: Efficiency | None = None,
+) -> StepTime:
+    """One token for each of `batch_per_rank` sequences of an attention rank.
+
+    `context` is the mean of cached tokens a sequence. `tokens_per_sequence` is above 1 when drafted
+    tokens are checked; how many of them are accepted is the caller's to apply. With `overlap` a
+    batch is split in two when that is faster. `reached` is the era's efficiency unless given.
+    """
+    if batch_per_rank <= 0 or context < 0 or tokens_per_sequence < 1:
+        raise ValueError(f"no decode step of {batch_per_rank} sequences at context {context}")
+    tokens = Tokens(batch_per_rank * tokens_per_sequence, batch_per_rank, context, prefill=False)
+    minimum = OVERLAP_DECODE_TOKENS if overlap else None
+    return _step(shape, accelerator, layout, fabric, tokens, kv, minimum, reached)
+
+
+def prefill_step(
+    shape: ModelShape,
+    accelerator: Accelerator,
+    layout: Layout,
+    fabric: Fabric,
+    tokens_per_rank: float,
+    context: float,
+    *,
+    kv: Dtype = Dtype.BF16,
+    overlap: bool = True,
+    reached: Efficiency | None = None,
+) -> StepTime:
+    """`tokens_per_rank` tokens of prompts of `context` tokens each, on each attention rank."""
+    if tokens_per_rank <= 0 or context <= 0:
+        raise ValueError(f"no prefill step of {tokens_per_rank} tokens at context {context}")
+    tokens = Tokens(tokens_per_rank, tokens_per_rank / context, context, prefill=True)
+    minimum = OVERLAP_PREFILL_TOKENS if overlap else None
+    return _step(shape, accelerator, layout, fabric, tokens, kv, minimum, reached)
+
+
+def _step(
+    shape: ModelShape,
+    accelerator: Accelerator,
+    layout: Layout,
+    fabric: Fabric,
+    tokens: Tokens,
+    kv: Dtype,
+    overlap_from: int | None,
+    reached: Efficiency | None,
+) -> StepTime:
+    reached = reached or efficiency(accelerator.era)
+    whole = _pass(shape, accelerator, layout, fabric, tokens, kv, reached)
+    exchanges = layout.expert_parallel and layout.data > 1 and fabric.exchange is Exchange.DEEP_EP
+    if overlap_from is None or not exchanges or tokens.count < overlap_from:
+        return whole
+    half_tokens = Tokens(tokens.count / 2, tokens.sequences / 2, tokens.context, tokens.prefill)
+    half = _pass(shape, accelerator, layout, fabric, half_tokens, kv, reached)
+    busy_s = 2 * (half.attention_s + half.experts_s + half.dense_s + half.fixed_s)
+    split = StepTime(
+        attention_s=2 * half.attention_s,
+        experts_s=2 * half.experts_s,
+        dense_s=2 * half.dense_s,
+        network_s=2 * half.network_s,
+        fixed_s=2 * half.fixed_s,
+        hidden_s=min(busy_s, 2 * half.network_s),
+        memory_bound_s=2 * half.memory_bound_s,
+    )
+    return min(whole, split, key=lambda step: step.total_s)
+
+
+def _pass(
+    shape: ModelShape,
+    accelerator: Accelerator,
+    layout: Layout,
+    fabric: Fabric,
+    tokens: Tokens,
+    kv: Dtype,
+    reached: Efficiency,
+) -> StepTime:
+    others = _peak(accelerator, shape.quantisation.others)
+    experts = _peak(accelerator, shape.quantisation.experts)
+    cache = _peak(accelerator, kv)
+    bandwidth = accelerator.memory_bytes_per_s * reached.memory
+    parts = [
+        _roofline(work, bandwidth, peak * reached.compute, cache * reached.compute)
+        for work, peak in (
+            (attention_work(shape, layout, tokens, kv), others),
+            (expert_work(shape, layout, tokens), experts),
+            (dense_work(shape, layout, tokens), others),
+        )
+    ]
+    return StepTime(
+        attention_s=parts[0][0],
+        experts_s=parts[1][0],
+        dense_s=parts[2][0],
+        network_s=_network_s(shape, accelerator, layout, fabric, tokens),
+        fixed_s=reached.fixed_s_per_layer * shape.layers,
+        hidden_s=0.0,
+        memory_bound_s=sum(memory_s for _, memory_s in parts),
+    )
+
+
+def _roofline(
+    work: Work, bytes_per_s: float, flops_per_s: float, cache_flops_per_s: float
+) -> tuple[float, float]:
+    """Seconds, and how many of them memory limits: products with weights and with the cache run
+    one after the other, each as fast as the slower of memory and arithmetic."""
+    weights_s = work.weight_bytes / bytes_per_s
+    products_s = work.flops / flops_per_s
+    others_s = work.other_bytes / bytes_per_s
+    cache_s = work.attention_flops / cache_flops_per_s
+    memory_s = (weights_s if weights_s >= products_s else 0.0) + (
+        others_s if others_s >= cache_s else 0.0
+    )
+    return max(weights_s, products_s) + max(others_s, cache_s), memory_s
+
+
+def _peak(accelerator: Accelerator, dtype: Dtype) -> float:
+    """FLOPs a second for weights or a cache of `dtype`: where the GPU has no such arithmetic, they
+    are unpacked to BF16."""
+    flops = accelerator.flops_per_s
+    for usable in (dtype, Dtype.BF16, Dtype.FP32):
+        if usable in flops:
+            return flops[usable]
+    raise ValueError(f"{accelerator.name} names no FLOPs for {dtype} or BF16")
+
+
+def _network_s(
+    shape: ModelShape,
+    accelerator: Accelerator,
+    layout: Layout,
+    fabric: Fabric,
+    tokens: Tokens,
+) -> float:
+    hidden_bytes = tokens.count * shape.hidden * Dtype.BF16.bytes_per_element
+    reduce_s = fabric.all_reduce_s(hidden_bytes, layout.tensor)
+    seconds = reduce_s * shape.layers
+    experts = shape.experts
+    expert_layers = experts.layers if experts is not None else 0
+    seconds += reduce_s * (shape.layers - expert_layers)
+    if experts is None:
+        return seconds
+    if layout.data == 1:
+        # Every GPU has all tokens already; the sum over experts is one more all-reduce.
+        return seconds + reduce_s * expert_layers
+    width = experts.latent or shape.hidden
+    if not layout.expert_parallel or fabric.exchange is Exchange.ALL_GATHER:
+        share = tokens.count / layout.tensor * width * Dtype.BF16.bytes_per_element
+        return seconds + 2 * fabric.all_gather_s(share, layout.world_size) * expert_layers
+    dispatched = width * _dispatch_bytes(accelerator, shape.quantisation.experts)
+    combined = width * Dtype.BF16.bytes_per_element
+    copies: float = experts.per_token
+    if tokens.prefill:
+        limit = experts.groups_per_token if experts.groups > 1 else None
+        copies = expected_domains(experts.per_token, fabric.domains(layout.expert), limit)
+    one_way = [
+        fabric.scatter_s(
+            tokens.count / layout.tensor, experts.per_token, token_bytes, layout.expert, copies
+        )
+        for token_bytes in (dispatched, combined)
+    ]
+    return seconds + sum(one_way) * (1 + (imbalance(layout) - 1) / 2) * expert_layers
+
+
+def _dispatch_bytes(accelerator: Accelerator, experts: Dtype) -> float:
+    """Tokens travel to FP8 experts in FP8, to FP4 ones in FP4 where the GPU computes in it."""
+    if experts in (Dtype.FP8, Dtype.FP4) and experts in accelerator.flops_per_s:
+        return experts.bytes_per_element
+    return Dtype.BF16.bytes_per_element
