@@ -1,5 +1,6 @@
 """GPUs: what one holds, moves, computes and draws."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -36,6 +37,18 @@ class Accelerator:
     all_in_watts: float | None = None
     """With its share of the node, the network and the cooling; None when nobody has published it."""
     source: str = ""
+    weights_only: frozenset[Dtype] = frozenset()
+    """Dtypes of weights that kernels widen to BF16 as they compute, e.g. vLLM's Marlin."""
+    aliases: tuple[str, ...] = ()
+    """Other names that a pool may use."""
+
+    def computes_in(self, weights: Dtype) -> Dtype | None:
+        """Dtype of the arithmetic for such weights; None when they cannot be used here."""
+        if weights in self.flops_per_s:
+            return weights
+        if weights in self.weights_only and Dtype.BF16 in self.flops_per_s:
+            return Dtype.BF16
+        return None
 
 
 class PriceMarket(StrEnum):
@@ -55,3 +68,28 @@ class Price:
     dated_s: float
     """Unix time of the day on which it was seen."""
     source: str
+
+
+PRICE_LASTS_S = 90 * 86400.0
+
+
+def stale(price: Price, now_s: float) -> bool:
+    """Older than 90 days: prices of the same GPU have moved by half in less."""
+    return now_s - price.dated_s > PRICE_LASTS_S
+
+
+def overridden(prices: Iterable[Price], own: Iterable[Price]) -> tuple[Price, ...]:
+    """`prices` with one's own in place of all others of the same GPU and market."""
+    mine = tuple(own)
+    replaced = {(price.accelerator, price.market) for price in mine}
+    kept = (price for price in prices if (price.accelerator, price.market) not in replaced)
+    return (*kept, *mine)
+
+
+def prices_of(
+    prices: Iterable[Price], accelerator: Accelerator, market: PriceMarket | None = None
+) -> tuple[Price, ...]:
+    """Cheapest first, of one market or of all."""
+    names = (accelerator.name, *accelerator.aliases)
+    found = (p for p in prices if p.accelerator in names and market in (None, p.market))
+    return tuple(sorted(found, key=lambda price: (price.usd_per_hour, price.provider)))

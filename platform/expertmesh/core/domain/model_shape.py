@@ -45,7 +45,7 @@ class FullAttention:
     values_are_keys: bool = False
     """One projection and one cached vector serve as key and as value."""
     compression: int = 1
-    """Beyond the window, the cache keeps one entry for this many tokens."""
+    """The cache keeps one entry for this many tokens, apart from a few recent ones."""
     index_heads: int = 0
     index_head_dim: int = 0
     """Of the indexer of sparse attention; its keys are cached as well."""

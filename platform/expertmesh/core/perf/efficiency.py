@@ -17,11 +17,15 @@ class Range:
 @dataclass(frozen=True, slots=True)
 class Efficiency:
     memory: float
-    """Of the published memory bandwidth."""
+    """Of the published memory bandwidth, where caches, states and plain weights are read."""
+    experts_memory: float
+    """The same where experts' weights are read, a few rows for each."""
     compute: float
     """Of the published dense FLOPs."""
     fixed_s_per_layer: float
     """Launches, norms, routing and waiting, whatever the batch."""
+    fixed_s_per_sequence: float
+    """Scheduling, sampling and bookkeeping on the host, for each sequence of a rank's step."""
     rate_low: float
     """Published over predicted rate: the tenth of rows that fare worst lies below."""
     rate_high: float
@@ -39,8 +43,8 @@ class Efficiency:
 
 # Printed by `python -m benchmarks.planner_accuracy --fit`; do not tune by hand.
 EFFICIENCIES: dict[Era, Efficiency] = {
-    Era.HOPPER: Efficiency(0.8, 0.6, 200e-6, 0.7, 1.4, 0),
-    Era.BLACKWELL: Efficiency(0.7, 0.5, 200e-6, 0.7, 1.4, 0),
+    Era.HOPPER: Efficiency(0.8, 0.45, 0.6, 150e-6, 15e-6, 0.7, 1.4, 0),
+    Era.BLACKWELL: Efficiency(0.7, 0.4, 0.5, 150e-6, 15e-6, 0.7, 1.4, 0),
 }
 
 

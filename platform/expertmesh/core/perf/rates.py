@@ -28,6 +28,7 @@ class Served:
     tokens_per_sequence: int = 1
     accepted_per_step: float = 1.0
     """Tokens that a step yields a sequence; above 1 with drafted tokens."""
+    skew: float | None = None
     reached: Efficiency | None = None
 
     def decode(self, batch_per_rank: float, context: float) -> StepTime:
@@ -41,6 +42,7 @@ class Served:
             kv=self.kv,
             overlap=self.overlap,
             tokens_per_sequence=self.tokens_per_sequence,
+            skew=self.skew,
             reached=self.reached,
         )
 
@@ -54,6 +56,7 @@ class Served:
             context,
             kv=self.kv,
             overlap=self.overlap,
+            skew=self.skew,
             reached=self.reached,
         )
 
@@ -164,9 +167,7 @@ def prefill_rate_within(
         if service_s < ttft_s:
             waits = (ttft_s - service_s) / service_s
             busy = 2 * waits / (1 + 2 * waits)
-            found = PrefillRate(
-                tokens, full.step_s, ttft_s, busy * full.tokens_per_s, full.limit
-            )
+            found = PrefillRate(tokens, full.step_s, ttft_s, busy * full.tokens_per_s, full.limit)
             if best is None or found.tokens_per_s > best.tokens_per_s:
                 best = found
         if tokens >= at_most:

@@ -11,6 +11,7 @@ from expertmesh.core.domain.model_shape import Dtype, ModelShape
 from expertmesh.core.perf.efficiency import Efficiency, efficiency
 from expertmesh.core.perf.fabric import Exchange, Fabric, expected_domains
 from expertmesh.core.perf.layout import Layout
+from expertmesh.core.perf.parameters import Parameters, parameters
 from expertmesh.core.perf.work import (
     Tokens,
     Work,
@@ -69,19 +70,21 @@ def decode_step(
     kv: Dtype = Dtype.BF16,
     overlap: bool = True,
     tokens_per_sequence: int = 1,
+    skew: float | None = None,
     reached: Efficiency | None = None,
 ) -> StepTime:
     """One token for each of `batch_per_rank` sequences of an attention rank.
 
     `context` is the mean of cached tokens a sequence. `tokens_per_sequence` is above 1 when drafted
     tokens are checked; how many of them are accepted is the caller's to apply. With `overlap` a
-    batch is split in two when that is faster. `reached` is the era's efficiency unless given.
+    batch is split in two when that is faster. `skew` is the load of the busiest GPU's experts over
+    the mean, by experience with the layout unless given; `reached` is the era's efficiency.
     """
     if batch_per_rank <= 0 or context < 0 or tokens_per_sequence < 1:
         raise ValueError(f"no decode step of {batch_per_rank} sequences at context {context}")
     tokens = Tokens(batch_per_rank * tokens_per_sequence, batch_per_rank, context, prefill=False)
     minimum = OVERLAP_DECODE_TOKENS if overlap else None
-    return _step(shape, accelerator, layout, fabric, tokens, kv, minimum, reached)
+    return _step(shape, accelerator, layout, fabric, tokens, kv, minimum, skew, reached)
 
 
 def prefill_step(
@@ -94,6 +97,7 @@ def prefill_step(
     *,
     kv: Dtype = Dtype.BF16,
     overlap: bool = True,
+    skew: float | None = None,
     reached: Efficiency | None = None,
 ) -> StepTime:
     """`tokens_per_rank` tokens of prompts of `context` tokens each, on each attention rank."""
@@ -101,7 +105,7 @@ def prefill_step(
         raise ValueError(f"no prefill step of {tokens_per_rank} tokens at context {context}")
     tokens = Tokens(tokens_per_rank, tokens_per_rank / context, context, prefill=True)
     minimum = OVERLAP_PREFILL_TOKENS if overlap else None
-    return _step(shape, accelerator, layout, fabric, tokens, kv, minimum, reached)
+    return _step(shape, accelerator, layout, fabric, tokens, kv, minimum, skew, reached)
 
 
 def _step(
@@ -112,15 +116,18 @@ def _step(
     tokens: Tokens,
     kv: Dtype,
     overlap_from: int | None,
+    skew: float | None,
     reached: Efficiency | None,
 ) -> StepTime:
     reached = reached or efficiency(accelerator.era)
-    whole = _pass(shape, accelerator, layout, fabric, tokens, kv, reached)
+    skew = imbalance(layout) if skew is None else skew
+    counts = parameters(shape)
+    whole = _pass(shape, counts, accelerator, layout, fabric, tokens, kv, skew, reached)
     exchanges = layout.expert_parallel and layout.data > 1 and fabric.exchange is Exchange.DEEP_EP
     if overlap_from is None or not exchanges or tokens.count < overlap_from:
         return whole
     half_tokens = Tokens(tokens.count / 2, tokens.sequences / 2, tokens.context, tokens.prefill)
-    half = _pass(shape, accelerator, layout, fabric, half_tokens, kv, reached)
+    half = _pass(shape, counts, accelerator, layout, fabric, half_tokens, kv, skew, reached)
     busy_s = 2 * (half.attention_s + half.experts_s + half.dense_s + half.fixed_s)
     split = StepTime(
         attention_s=2 * half.attention_s,
@@ -136,42 +143,50 @@ def _step(
 
 def _pass(
     shape: ModelShape,
+    counts: Parameters,
     accelerator: Accelerator,
     layout: Layout,
     fabric: Fabric,
     tokens: Tokens,
     kv: Dtype,
+    skew: float,
     reached: Efficiency,
 ) -> StepTime:
     others = _peak(accelerator, shape.quantisation.others)
     experts = _peak(accelerator, shape.quantisation.experts)
     cache = _peak(accelerator, kv)
-    bandwidth = accelerator.memory_bytes_per_s * reached.memory
+    bandwidth = accelerator.memory_bytes_per_s
+    plain = bandwidth * reached.memory
     parts = [
-        _roofline(work, bandwidth, peak * reached.compute, cache * reached.compute)
-        for work, peak in (
-            (attention_work(shape, layout, tokens, kv), others),
-            (expert_work(shape, layout, tokens), experts),
-            (dense_work(shape, layout, tokens), others),
+        _roofline(work, weights_rate, plain, peak * reached.compute, cache * reached.compute)
+        for work, weights_rate, peak in (
+            (attention_work(shape, counts, layout, tokens, kv), plain, others),
+            (expert_work(shape, layout, tokens, skew), bandwidth * reached.experts_memory, experts),
+            (dense_work(shape, counts, layout, tokens), plain, others),
         )
     ]
     return StepTime(
         attention_s=parts[0][0],
         experts_s=parts[1][0],
         dense_s=parts[2][0],
-        network_s=_network_s(shape, accelerator, layout, fabric, tokens),
-        fixed_s=reached.fixed_s_per_layer * shape.layers,
+        network_s=_network_s(shape, accelerator, layout, fabric, tokens, skew),
+        fixed_s=reached.fixed_s_per_layer * shape.layers
+        + reached.fixed_s_per_sequence * tokens.sequences,
         hidden_s=0.0,
         memory_bound_s=sum(memory_s for _, memory_s in parts),
     )
 
 
 def _roofline(
-    work: Work, bytes_per_s: float, flops_per_s: float, cache_flops_per_s: float
+    work: Work,
+    weight_bytes_per_s: float,
+    bytes_per_s: float,
+    flops_per_s: float,
+    cache_flops_per_s: float,
 ) -> tuple[float, float]:
     """Seconds, and how many of them memory limits: products with weights and with the cache run
     one after the other, each as fast as the slower of memory and arithmetic."""
-    weights_s = work.weight_bytes / bytes_per_s
+    weights_s = work.weight_bytes / weight_bytes_per_s
     products_s = work.flops / flops_per_s
     others_s = work.other_bytes / bytes_per_s
     cache_s = work.attention_flops / cache_flops_per_s
@@ -197,6 +212,7 @@ def _network_s(
     layout: Layout,
     fabric: Fabric,
     tokens: Tokens,
+    skew: float,
 ) -> float:
     hidden_bytes = tokens.count * shape.hidden * Dtype.BF16.bytes_per_element
     reduce_s = fabric.all_reduce_s(hidden_bytes, layout.tensor)
@@ -225,7 +241,8 @@ def _network_s(
         )
         for token_bytes in (dispatched, combined)
     ]
-    return seconds + sum(one_way) * (1 + (imbalance(layout) - 1) / 2) * expert_layers
+    # What the busiest GPU sends is the mean, what it receives is more.
+    return seconds + sum(one_way) * (1 + (skew - 1) / 2) * expert_layers
 
 
 def _dispatch_bytes(accelerator: Accelerator, experts: Dtype) -> float:

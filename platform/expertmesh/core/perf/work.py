@@ -11,7 +11,7 @@ from expertmesh.core.domain.model_shape import (
     ModelShape,
 )
 from expertmesh.core.perf.layout import Layout
-from expertmesh.core.perf.parameters import parameters
+from expertmesh.core.perf.parameters import Parameters, expert
 
 SPARSE_TOKENS = 2048
 """That sparse attention (DSA) reads of a context; its indexer scores all of them."""
@@ -19,10 +19,10 @@ TILE_ROWS = 64
 """Rows of an expert's smallest matrix product: fewer take as long (Hopper's WGMMA)."""
 SKEW_PER_DOUBLING = 0.31
 """Busiest GPU over the mean, less 1, per doubling of EP: 1.56 at EP 32 (TensorRT-LLM blog 4)."""
-SKEW_PER_DOUBLING_BALANCED = 0.022
-"""The same with redundant experts: 0.109 at EP 32."""
-STATE_BYTES_PER_ELEMENT = 4.0
-"""Of the recurrent state of linear attention, which is kept in FP32."""
+SKEW_PER_DOUBLING_BALANCED = 0.06
+"""The same with redundant experts: between 0.02 (TensorRT-LLM blog 4: 0.109 at EP 32) and 0.1
+(Ant, 2025-09-26: mean over busiest above 0.7 at EP 16); 0.06 is what SGLang lost to perfect balance
+at EP 32 (lmsys 2025-05-05)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +69,14 @@ def imbalance(layout: Layout) -> float:
     return 1 + skew * (layout.expert - 1).bit_length()
 
 
-def attention_work(shape: ModelShape, layout: Layout, tokens: Tokens, kv: Dtype) -> Work:
-    counts = parameters(shape)
+def attention_work(
+    shape: ModelShape, counts: Parameters, layout: Layout, tokens: Tokens, kv: Dtype
+) -> Work:
     reads = flops = 0.0
     for kind in shape.attention:
-        kind_reads, kind_flops = _cache_work(kind, shape, layout, tokens, kv)
-        reads += kind_reads
-        flops += kind_flops
+        layer_reads, layer_flops = _cache_work(kind, layout, tokens, kv)
+        reads += layer_reads * kind.layers
+        flops += layer_flops * kind.layers
     activations = tokens.count * shape.hidden * _ACTIVATION_BYTES * shape.layers
     return Work(
         weight_bytes=counts.attention / layout.tensor * _other_bytes(shape),
@@ -85,28 +86,30 @@ def attention_work(shape: ModelShape, layout: Layout, tokens: Tokens, kv: Dtype)
     )
 
 
-def dense_work(shape: ModelShape, layout: Layout, tokens: Tokens) -> Work:
+def dense_work(shape: ModelShape, counts: Parameters, layout: Layout, tokens: Tokens) -> Work:
     """Of dense layers, shared experts and the output head."""
-    counts = parameters(shape)
     weights = (counts.dense + counts.shared) / layout.tensor
-    head = shape.vocab * shape.hidden / layout.tensor
+    head = (counts.embeddings - counts.input_embeddings) / layout.tensor
     return Work(
         weight_bytes=weights * _other_bytes(shape) + head * Dtype.BF16.bytes_per_element,
         flops=2 * weights * tokens.count + 2 * head * tokens.sequences,
     )
 
 
-def expert_work(shape: ModelShape, layout: Layout, tokens: Tokens) -> Work:
-    """Of routed experts, on the GPU that has most to do."""
+def expert_work(shape: ModelShape, layout: Layout, tokens: Tokens, skew: float) -> Work:
+    """Of routed experts, on the GPU that has `skew` times the mean to do.
+
+    Its experts are read no more often for that: favourites of all tokens leave more of the others
+    unread (50 to 60 % are hit by 32 tokens where even routing hits 64 %), on every GPU.
+    """
     experts = shape.experts
     if experts is None:
         return Work()
     group_tokens = tokens.count * layout.data
-    elements = _expert_elements(shape, experts)
+    elements = expert(shape.hidden, experts)
     slots = layout.expert_slots(experts.count)
-    skew = imbalance(layout)
     hit = coverage(experts.count + layout.redundant_experts, experts.per_token, group_tokens)
-    hits = min(float(slots), slots * hit * skew)
+    hits = slots * hit
     rows = group_tokens * experts.per_token / layout.expert * skew
     cut = layout.world_size if layout.expert == 1 else 1
     quantisation = shape.quantisation
@@ -116,7 +119,8 @@ def expert_work(shape: ModelShape, layout: Layout, tokens: Tokens) -> Work:
     width = experts.latent or shape.hidden
     return Work(
         weight_bytes=hits * elements / cut * element_bytes * experts.layers,
-        other_bytes=rows * (3 * width + 6 * experts.width / cut) * experts.layers,
+        # Received, permuted, quantised, multiplied, activated, multiplied, gathered.
+        other_bytes=rows * (8 * width + 10 * experts.width / cut) * experts.layers,
         flops=2 * max(rows, hits * TILE_ROWS) * elements / cut * experts.layers,
     )
 
@@ -125,55 +129,44 @@ def expert_work(shape: ModelShape, layout: Layout, tokens: Tokens) -> Work:
 _ACTIVATION_BYTES = 20.0
 
 
-def _expert_elements(shape: ModelShape, experts: Experts) -> float:
-    return experts.projections * (experts.latent or shape.hidden) * experts.width
-
-
 def _other_bytes(shape: ModelShape) -> float:
     quantisation = shape.quantisation
     return quantisation.others.bytes_per_element + quantisation.other_scale_bytes_per_element
 
 
-def _cache_work(
-    kind: Attention, shape: ModelShape, layout: Layout, tokens: Tokens, kv: Dtype
-) -> tuple[float, float]:
-    """Bytes of cache or state that are read, and FLOPs with them."""
-    # In prefill a token attends to half of the prompt on average; its keys are read once a
-    # sequence and then reused.
-    attended = tokens.context / 2 if tokens.prefill else tokens.context
+def _cache_work(kind: Attention, layout: Layout, tokens: Tokens, kv: Dtype) -> tuple[float, float]:
+    """Bytes of cache or state that one GPU reads for one layer, and its FLOPs with them."""
     if isinstance(kind, LinearAttention):
-        state = kind.value_heads * kind.key_head_dim * kind.value_head_dim * kind.layers
-        state /= min(layout.tensor, kind.value_heads)
-        return 2 * tokens.sequences * state * STATE_BYTES_PER_ELEMENT, 6 * tokens.count * state
+        tensor = min(layout.tensor, kind.value_heads)
+        state = 2 * kind.state_bytes_per_sequence / tensor  # Read and written.
+        flops = 6 * kind.recurrent_elements / tensor
+        return tokens.sequences * state, tokens.count * flops
+    # In prefill a token attends to half of the prompt on average, while the cache is read once a
+    # sequence; in decode both are the whole context.
+    cached = tokens.context
+    attended = tokens.context / 2 if tokens.prefill else tokens.context
+    heads = kind.heads / min(layout.tensor, kind.heads)
     if isinstance(kind, LatentAttention):
-        width = kind.kv_lora_rank + kind.rope_head_dim
-        heads = kind.heads / min(layout.tensor, kind.heads)
+        compression, copies = 1, 1.0
         if tokens.prefill:
-            per_pair = heads * (kind.nope_head_dim + kind.rope_head_dim + kind.v_head_dim)
+            pair = kind.nope_head_dim + kind.rope_head_dim + kind.v_head_dim
         else:
-            per_pair = heads * (2 * kind.kv_lora_rank + kind.rope_head_dim)
-        index_bytes = index_flops = 0.0
-        if kind.index_heads:
-            index_bytes = kind.index_head_dim * tokens.context
-            index_flops = kind.index_heads * kind.index_head_dim * attended
-            attended = min(attended, SPARSE_TOKENS)
-        read = attended if not tokens.prefill else tokens.context
-        cached = width * kv.bytes_per_element * read + index_bytes
-        flops = 2 * tokens.count * (per_pair * attended + index_flops)
+            pair = 2 * kind.kv_lora_rank + kind.rope_head_dim
     else:
-        value_dim = kind.v_head_dim or kind.head_dim
+        compression = kind.compression
+        # Heads that are fewer than GPUs are kept more than once.
+        copies = 1 / min(layout.tensor, kind.kv_heads)
+        pair = kind.head_dim + kind.value_dim
         if kind.window is not None:
-            attended = min(attended, float(kind.window))
-        heads = kind.heads / min(layout.tensor, kind.heads)
-        kv_heads = max(1.0, kind.kv_heads / layout.tensor)
-        per_token = kv_heads * (kind.head_dim + value_dim) * kv.bytes_per_element
-        read = attended if not tokens.prefill else tokens.context
-        if shape.kv_bytes_per_token_layer is not None:
-            # A compressed cache: what is cached of a context is what is read and attended to.
-            share = min(1.0, shape.kv_bytes_per_token_layer / per_token)
-            read *= share
-            attended *= share
-        cached = per_token * read
-        flops = 2 * tokens.count * heads * (kind.head_dim + value_dim) * attended
-    return tokens.sequences * cached * kind.layers, flops * kind.layers
-
+            cached, attended = min(cached, kind.window), min(attended, kind.window)
+    indexed = attended / compression
+    attended /= compression
+    if kind.index_heads:
+        attended = min(attended, SPARSE_TOKENS)
+        if not tokens.prefill:
+            cached = min(cached, SPARSE_TOKENS * compression)
+    entry_bytes = kind.kv_elements_per_token * copies * kv.bytes_per_element
+    index_bytes = kind.index_elements_per_token * Dtype.FP8.bytes_per_element
+    index_flops = kind.index_heads * kind.index_head_dim * indexed
+    reads = cached * entry_bytes + tokens.context * index_bytes
+    return tokens.sequences * reads, 2 * tokens.count * (heads * pair * attended + index_flops)

@@ -6,13 +6,24 @@ packs the heaviest replica first onto the lightest rank; then swaps of two slots
 single slots lower the heaviest rank, one step at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
+from math import ceil
 
 _CLOSE = 1.0 + 1e-4
-"""Nearer to the lower bound than this is not worth the time."""
+"""Nearer to the lower bound than this is not worth another step."""
+_CLOSE_ENOUGH = 1.0 + 1e-3
+"""Nearer than this is not worth another start."""
 _LESS = 1.0 - 1e-12
 """A gain below the precision of floats is none."""
+_HOPELESS = 1.1
+"""Starts that are heavier than the best by more are not improved."""
+_STEPS = 128
+"""Swaps and new owners for one start at most."""
+_COARSER = (1.06, 1.15, 1.3, 1.45, 1.6)
+"""Largest shares to try, as multiples of the smallest possible one."""
+_GIVERS = 8
+"""Experts to take a replica from that are tried for each one that gets it."""
 
 
 class Packing:
@@ -56,24 +67,109 @@ class Packing:
         return sum([shares[expert] for expert in rank])
 
 
-def pack(weights: Sequence[float], ranks: int, slots: int, steps: int) -> Packing:
+def pack(weights: Sequence[float], ranks: int, slots: int, trials: int) -> Packing:
     """Never heavier than `greedy`; no expert twice on a rank unless that is what it takes.
 
-    Of two experts with one weight either may get the other's place: names do not matter. At most
-    `steps` swaps and new owners; 0 leaves the start as it is.
+    Names do not matter: of two experts of one weight either may get the other's place. At most
+    `trials` numbers of replicas are tried, which bounds the time; with 0 it is the greedy start.
     """
+    published = greedy(weights, ranks, slots)
+    if trials < 1:
+        return published
     order = sorted(range(len(weights)), key=lambda expert: (-weights[expert], expert))
     falling = [weights[expert] for expert in order]
     counts = replicate(falling, ranks * slots, ranks)
     bound = max(sum(falling) / ranks, _largest_share(falling, counts))
-    published = greedy(weights, ranks, slots)
     target = min(bound * _CLOSE, max(bound, published.heaviest))
-    packing = Packing(falling, _deal(falling, counts, ranks, slots))
-    improve(packing, target, steps)
-    if packing.heaviest * _LESS > published.heaviest:
-        improve(published, target, steps)
+    best = _lightest(falling, counts, ranks, slots, target, trials)
+    if best.heaviest * _LESS > published.heaviest:
+        improve(published, target)
         return published
-    return Packing(weights, [[order[expert] for expert in rank] for rank in packing.ranks])
+    return Packing(weights, [[order[expert] for expert in rank] for rank in best.ranks])
+
+
+def _lightest(
+    weights: Sequence[float],
+    counts: list[int],
+    ranks: int,
+    slots: int,
+    target: float,
+    trials: int,
+) -> Packing:
+    """Of the starts that these and other numbers of replicas give."""
+    best = _dealt(weights, counts, ranks, slots, target, None)
+    target *= _CLOSE_ENOUGH
+    largest = _largest_share(weights, counts)
+    for factor in _COARSER[: trials - 1]:
+        if best.heaviest <= target:
+            return best
+        other = _coarser(weights, ranks * slots, ranks, largest * factor)
+        if other is not None:
+            packing = _dealt(weights, other, ranks, slots, target, best.heaviest)
+            if packing.heaviest < best.heaviest * _LESS:
+                best = packing
+    left = trials - 1 - len(_COARSER)
+    while left > 0 and best.heaviest > target:
+        better = None
+        for other in _neighbours(best, ranks):
+            packing = _dealt(weights, other, ranks, slots, target, best.heaviest)
+            left -= 1
+            if packing.heaviest < best.heaviest * _LESS:
+                better = packing
+            if better is not None or left <= 0:
+                break
+        if better is None:
+            return best
+        best = better
+    return best
+
+
+def _dealt(
+    weights: Sequence[float],
+    counts: Sequence[int],
+    ranks: int,
+    slots: int,
+    target: float,
+    known: float | None,
+) -> Packing:
+    """A start, improved unless it is hopelessly heavier than what is known."""
+    packing = Packing(weights, _deal(weights, counts, ranks, slots))
+    if known is None or packing.heaviest < known * _HOPELESS:
+        improve(packing, target)
+    return packing
+
+
+def _coarser(weights: Sequence[float], total: int, most: int, share: float) -> list[int] | None:
+    """Just enough replicas that no share is larger; the slots left over halve other experts.
+
+    Larger pieces can fill the ranks better than the smallest possible ones: two pieces of a little
+    over half a rank's load each must not meet.
+    """
+    counts = [min(most, max(1, ceil(weight / share * _LESS))) for weight in weights]
+    left = total - sum(counts)
+    for expert, count in enumerate(counts):
+        if left > 0 and count == 1 < most:
+            counts[expert] = 2
+            left -= 1
+    return counts if left == 0 else None
+
+
+def _neighbours(packing: Packing, most: int) -> Iterator[list[int]]:
+    """Numbers of replicas with one more of an expert on the heaviest rank and one less of another.
+
+    Those first that make the largest share smaller and lose least elsewhere.
+    """
+    counts, weights = packing.counts, packing.weights
+    heaviest = set(packing.ranks[packing.loads.index(packing.heaviest)])
+    givers = [expert for expert, count in enumerate(counts) if count > 1]
+    givers.sort(key=lambda expert: (weights[expert] / (counts[expert] - 1), expert))
+    for new in sorted(heaviest, key=lambda expert: (-packing.shares[expert], expert)):
+        for given in givers[:_GIVERS]:
+            if new != given and counts[new] < most:
+                other = list(counts)
+                other[given] -= 1
+                other[new] += 1
+                yield other
 
 
 def greedy(weights: Sequence[float], ranks: int, slots: int) -> Packing:
@@ -105,9 +201,9 @@ def replicate(weights: Sequence[float], slots: int, most: int | None) -> list[in
     return counts
 
 
-def improve(packing: Packing, target: float, steps: int) -> None:
+def improve(packing: Packing, target: float) -> None:
     """Until the heaviest rank is no heavier than `target` or nothing helps."""
-    for _ in range(steps):
+    for _ in range(_STEPS):
         loads = packing.loads
         heaviest = max(loads)
         if heaviest <= target:
@@ -180,17 +276,16 @@ def _swap(packing: Packing, rank: int, target: float) -> bool:
         if (load + other_load) / 2 >= best or best <= target:
             break
         theirs = ranks[other_rank]
+        least, most = load - best, best - other_load
         for expert in mine:
-            if expert in theirs:
-                continue
             share = shares[expert]
+            if share <= least or expert in theirs:
+                continue
             for other in theirs:
-                moved = share - shares[other]
-                if moved <= 0.0:
-                    continue
-                heavier = max(load - moved, other_load + moved)
-                if heavier < best and other not in mine:
-                    best = heavier
+                if least < share - shares[other] < most and other not in mine:
+                    moved = share - shares[other]
+                    best = max(load - moved, other_load + moved)
+                    least, most = load - best, best - other_load
                     choice = (expert, other_rank, other)
     if choice is None:
         return False
@@ -204,35 +299,42 @@ def _reassign(packing: Packing, rank: int) -> bool:
 
     Either an expert of this rank gets a replica elsewhere, or a replica leaves this rank.
     """
-    counts, shares, weights = packing.counts, packing.shares, packing.weights
-    holders: list[list[int]] = [[] for _ in counts]
+    counts, shares, weights, loads = packing.counts, packing.shares, packing.weights, packing.loads
+    mine = packing.ranks[rank]
+    givers: dict[int, list[int]] = {expert: [] for expert, n in enumerate(counts) if n > 1}
     for index, experts in enumerate(packing.ranks):
         for expert in experts:
-            holders[expert].append(index)
-    best = packing.loads[rank] * _LESS
+            if expert in givers:
+                givers[expert].append(index)
+    later = [weight / (count + 1) for weight, count in zip(weights, counts, strict=True)]
+    others = (new for new in range(len(counts)) if new not in mine)
+    lightest = min(others, key=later.__getitem__, default=None)
+    best = loads[rank] * _LESS
     choice: tuple[int, int, int] | None = None
-    mine = set(packing.ranks[rank])
-    shared = [expert for expert, count in enumerate(counts) if count > 1]
-    for given in shared:
+    for given, holders in givers.items():
+        if len(set(holders)) < len(holders):
+            continue
         rise = weights[given] / (counts[given] - 1) - shares[given]
-        for giver in set(holders[given]):
+        for giver in holders:
+            freed = loads[giver] - shares[given]
             if giver == rank:
-                gainers: Sequence[int] = [new for new in range(len(counts)) if new not in mine]
+                gainers: Sequence[int] = () if lightest is None else (lightest,)
             else:
-                gainers = [new for new in mine if giver not in holders[new] and new != given]
+                gainers = mine
             for new in gainers:
-                share = weights[new] / (counts[new] + 1)
-                fall = shares[new] - share
-                worst = packing.loads[giver] - shares[given] + share
-                if worst >= best:
+                worst = freed + later[new]
+                if worst >= best or new == given or new in packing.ranks[giver]:
                     continue
-                if rank != giver:
-                    after = packing.loads[rank] - fall + (rise if given in mine else 0.0)
-                    worst = max(worst, after)
-                for holder in holders[given]:
+                fall = shares[new] - later[new]
+                if giver != rank:
+                    # It holds `new`, whose replicas all get lighter.
+                    worst = max(worst, loads[rank] - fall + (rise if given in mine else 0.0))
+                for holder in holders:
+                    if worst >= best:
+                        break
                     if holder not in (giver, rank):
-                        after = packing.loads[holder] + rise
-                        if holder in holders[new]:
+                        after = loads[holder] + rise
+                        if after > worst and new in packing.ranks[holder]:
                             after -= fall
                         worst = max(worst, after)
                 if worst < best:

@@ -1,0 +1,341 @@
+"""The planner's rates against published ones, and the fit of its efficiencies.
+
+    python -m benchmarks.planner_accuracy         # the table, with the committed efficiencies
+    python -m benchmarks.planner_accuracy --fit   # fit them again and print them
+
+Five numbers an era are fitted: the share of bandwidth for plain weights and caches, that for
+experts' weights, the share of FLOPs, and a fixed time a layer and a sequence. The fit is the least sum of squared
+logs of predicted over published rates, by a pattern search that always ends in the same place.
+"""
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from expertmesh.core.domain.accelerator import Accelerator, Era
+from expertmesh.core.domain.model_shape import Dtype, ModelShape, Quantisation
+from expertmesh.core.perf.efficiency import EFFICIENCIES, Efficiency
+from expertmesh.core.perf.fabric import Exchange, Fabric
+from expertmesh.core.perf.layout import Layout
+from expertmesh.core.perf.rates import Served, decode_rate, mixed_rate, prefill_rate
+
+DATA = Path(__file__).with_name("published_throughput.yaml")
+ERAS = (Era.HOPPER, Era.BLACKWELL)
+SERIES_WEIGHT = 1.5
+MEDIAN_GOAL = 0.15
+WORST_GOAL = 0.40
+
+START = (0.7, 0.5, 0.5, 150e-6, 10e-6)
+LOWEST = (0.1, 0.1, 0.1, 10e-6, 1e-6)
+HIGHEST = (1.0, 1.0, 1.0, 600e-6, 60e-6)
+PRIOR_WEIGHT = 0.02
+"""Of a parameter's distance from START, in squared logs: it decides only where no row does."""
+
+Constants = tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One published figure, and what to ask the planner for it."""
+
+    number: int | None
+    label: str
+    era: Era
+    served: Served
+    phase: str
+    load: Mapping[str, float]
+    published: float
+    fitted: bool
+    why: str
+    series: str
+    compare: str
+    source: str
+
+    def predicted(self, reached: Efficiency) -> float:
+        """Tokens a second per GPU."""
+        served = replace(self.served, reached=reached)
+        load = self.load
+        if self.phase == "prefill":
+            rate = prefill_rate(served, load["tokens_per_rank"], load["prompt"]).tokens_per_s
+        elif self.phase == "decode":
+            rate = decode_rate(served, load["batch_per_rank"], load["context"]).tokens_per_s
+        else:
+            rate = mixed_rate(
+                served, load["batch_per_rank"], load["prompt"], load["output"]
+            ).tokens_per_s
+        return rate / served.layout.world_size
+
+    def error(self, reached: Efficiency) -> float:
+        """Of the prediction, as a share of the published figure."""
+        return self.predicted(reached) / self.published - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Unpredictable:
+    number: int
+    label: str
+    published: float
+    why: str
+
+
+def read_rows(
+    shapes: Mapping[str, ModelShape],
+    accelerators: Mapping[str, Accelerator],
+    data: Path = DATA,
+) -> tuple[list[Row], list[Unpredictable]]:
+    rows: list[Row] = []
+    skipped: list[Unpredictable] = []
+    for entry in yaml.safe_load(data.read_text())["rows"]:
+        if "unpredictable" in entry:
+            skipped.append(
+                Unpredictable(
+                    entry["row"], entry["label"], entry["published"], entry["unpredictable"]
+                )
+            )
+        else:
+            rows.append(_row(entry, shapes, accelerators))
+    return rows, skipped
+
+
+def _row(
+    entry: Mapping[str, Any],
+    shapes: Mapping[str, ModelShape],
+    accelerators: Mapping[str, Accelerator],
+) -> Row:
+    shape = shapes[entry["model"]]
+    if "weights" in entry:
+        experts, others = Dtype(entry["weights"]["experts"]), Dtype(entry["weights"]["others"])
+        # NVFP4 has a scale byte for 16 elements; FP8 in blocks of 128 by 128 has next to none.
+        scale = 1 / 16 if experts is Dtype.FP4 else 0.0
+        shape = replace(shape, quantisation=Quantisation(experts, others, scale, 0.0))
+    accelerator = accelerators[entry["accelerator"]]
+    if "nic_gb_per_s" in entry:
+        accelerator = replace(accelerator, nic_bytes_per_s=entry["nic_gb_per_s"] * 1e9)
+    if "memory_gb_per_s" in entry:
+        accelerator = replace(accelerator, memory_bytes_per_s=entry["memory_gb_per_s"] * 1e9)
+    parts = entry["layout"]
+    layout = Layout(
+        parts.get("tensor", 1),
+        parts.get("data", 1),
+        parts.get("expert", 1),
+        parts.get("redundant", 0),
+    )
+    drafted = entry.get("drafted", {})
+    served = Served(
+        shape,
+        accelerator,
+        layout,
+        Fabric.of(accelerator, Exchange(entry.get("exchange", "deep-ep"))),
+        kv=Dtype(entry.get("kv", "bf16")),
+        overlap=entry.get("overlap", True),
+        tokens_per_sequence=drafted.get("tokens_per_sequence", 1),
+        accepted_per_step=drafted.get("accepted", 1.0),
+        skew=entry.get("skew"),
+    )
+    names = ("tokens_per_rank", "batch_per_rank", "prompt", "output", "context")
+    return Row(
+        number=entry.get("row"),
+        label=f"{entry['label']} ({entry['accelerator']})",
+        era=accelerator.era,
+        served=served,
+        phase=entry["phase"],
+        load={name: float(entry[name]) for name in names if name in entry},
+        published=float(entry["published"]),
+        fitted=entry.get("fit", True),
+        why=entry.get("why", ""),
+        series=entry.get("series", ""),
+        compare=entry.get("compare", ""),
+        source=entry["source"],
+    )
+
+
+def as_efficiency(constants: Constants) -> Efficiency:
+    memory, experts_memory, compute, layer_s, sequence_s = constants
+    return Efficiency(memory, experts_memory, compute, layer_s, sequence_s, 1.0, 1.0, 0)
+
+
+def fit(rows: Sequence[Row], start: Constants = START) -> Constants:
+    """The five numbers that fit `rows` best."""
+    sizes = Counter(row.series for row in rows if row.series)
+    weights = [
+        min(1.0, SERIES_WEIGHT / sizes[row.series]) if row.series else 1.0 for row in rows
+    ]
+
+    def loss(constants: Constants) -> float:
+        reached = as_efficiency(constants)
+        squares = sum(
+            weight * math.log(row.predicted(reached) / row.published) ** 2
+            for row, weight in zip(rows, weights, strict=True)
+        )
+        drift = sum(math.log(c / s) ** 2 for c, s in zip(constants, START, strict=True))
+        return squares + PRIOR_WEIGHT * drift
+
+    return _pattern_search(loss, start)
+
+
+def _pattern_search(loss: Callable[[Constants], float], start: Constants) -> Constants:
+    best, least, step = list(start), loss(start), 1.3
+    while step > 1.005:
+        improved = False
+        for place in range(len(best)):
+            for factor in (step, 1 / step):
+                trial = list(best)
+                trial[place] = min(HIGHEST[place], max(LOWEST[place], best[place] * factor))
+                value = loss(tuple(trial))
+                if value < least - 1e-9:
+                    best, least, improved = trial, value, True
+        if not improved:
+            step = math.sqrt(step)
+    return tuple(best)
+
+
+def with_range(constants: Constants, rows: Sequence[Row], held_out: Mapping[str, float]) -> Efficiency:
+    """Efficiency with the range in which four of five rows lie when they are left out of the fit."""
+    ratios = sorted(1 / (1 + held_out[row.label]) for row in rows)
+    memory, experts_memory, compute, layer_s, sequence_s = constants
+    return Efficiency(
+        round(memory, 3),
+        round(experts_memory, 3),
+        round(compute, 3),
+        round(layer_s, 6),
+        round(sequence_s, 7),
+        round(min(1.0, _quantile(ratios, 0.1)), 2),
+        round(max(1.0, _quantile(ratios, 0.9)), 2),
+        len(rows),
+    )
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    rows: Sequence[Row]
+    committed: Mapping[str, float]
+    """Error of each row with the committed efficiencies."""
+    without_row: Mapping[str, float]
+    without_era: Mapping[str, float]
+    fitted: Mapping[Era, Efficiency]
+
+
+def report(rows: Sequence[Row]) -> Report:
+    without_row: dict[str, float] = {}
+    without_era: dict[str, float] = {}
+    fitted: dict[Era, Efficiency] = {}
+    for era in ERAS:
+        own = [row for row in rows if row.era is era and row.fitted]
+        constants = fit(own)
+        others = as_efficiency(fit([row for row in rows if row.era is not era and row.fitted]))
+        for row in rows:
+            if row.era is not era:
+                continue
+            rest = [other for other in own if other is not row]
+            if row.fitted:
+                without_row[row.label] = row.error(as_efficiency(fit(rest, constants)))
+            else:
+                without_row[row.label] = row.error(as_efficiency(constants))
+            without_era[row.label] = row.error(others)
+        fitted[era] = with_range(constants, own, without_row)
+    committed = {row.label: row.error(EFFICIENCIES[row.era]) for row in rows}
+    return Report(rows, committed, without_row, without_era, fitted)
+
+
+def wrong_orders(rows: Sequence[Row], reached: Mapping[Era, Efficiency]) -> list[str]:
+    """Choices between rows measured side by side in which the planner would pick another one."""
+    wrong = []
+    for name in sorted({row.compare for row in rows if row.compare}):
+        rivals = [row for row in rows if row.compare == name]
+        best = max(rivals, key=lambda row: row.published)
+        chosen = max(rivals, key=lambda row: row.predicted(reached[row.era]))
+        if chosen is not best:
+            wrong.append(f"{name}: {chosen.label} instead of {best.label}")
+    return wrong
+
+
+def print_report(found: Report, skipped: Sequence[Unpredictable]) -> None:
+    print(f"{'row':>4} {'':48} {'published':>9} {'predicted':>9} {'error':>6}", end="")
+    print(f" {'row out':>8} {'era out':>8}  tokens/s per GPU")
+    for row in found.rows:
+        error = found.committed[row.label]
+        name = row.label if len(row.label) <= 48 else row.label[:47] + "…"
+        print(
+            f"{row.number or '':>4} {name:48} {row.published:>9,.0f} "
+            f"{row.published * (1 + error):>9,.0f} {error:>+6.0%} "
+            f"{found.without_row[row.label]:>+8.0%} {found.without_era[row.label]:>+8.0%}"
+            + ("" if row.fitted else "  not fitted")
+            + ("  above 40 %" if abs(error) > WORST_GOAL else "")
+        )
+    for one in skipped:
+        print(f"{one.number:>4} {one.label:48} {one.published:>9,.0f}  not predicted: {one.why}")
+    print()
+    for row in found.rows:
+        if row.why:
+            print(f"row {row.number} is not fitted, {row.label}: {row.why}")
+    print()
+    tabled = [row for row in found.rows if row.number is not None]
+    for title, rows in (("rows of the paper table", tabled), ("all rows", found.rows)):
+        for name, errors in (
+            ("fitted", found.committed),
+            ("row left out", found.without_row),
+            ("era left out", found.without_era),
+        ):
+            sizes = sorted(abs(errors[row.label]) for row in rows if row.fitted)
+            above = sum(size > WORST_GOAL for size in sizes)
+            print(
+                f"{title + ', ' + name:42} median {median(sizes):>4.0%}, worst {sizes[-1]:>4.0%}, "
+                f"{above} of {len(sizes)} above {WORST_GOAL:.0%}"
+            )
+    sizes = [abs(found.committed[row.label]) for row in tabled if row.fitted]
+    print(f"goal: median within {MEDIAN_GOAL:.0%}: {_met(median(sizes) <= MEDIAN_GOAL)}")
+    print(f"goal: none above {WORST_GOAL:.0%}: {_met(max(sizes) <= WORST_GOAL)}")
+    wrong = wrong_orders(found.rows, EFFICIENCIES)
+    print(f"goal: the right side of EP or not: {_met(not wrong)}", *wrong)
+
+
+def _met(is_met: bool) -> str:
+    return "met" if is_met else "MISSED"
+
+
+def print_efficiencies(fitted: Mapping[Era, Efficiency]) -> None:
+    for era, found in fitted.items():
+        print(f"    Era.{era.name}: Efficiency(")
+        print(f"        memory={found.memory},")
+        print(f"        experts_memory={found.experts_memory},")
+        print(f"        compute={found.compute},")
+        print(f"        fixed_s_per_layer={found.fixed_s_per_layer * 1e6:.0f}e-6,")
+        print(f"        fixed_s_per_sequence={found.fixed_s_per_sequence * 1e6:.1f}e-6,")
+        print(f"        rate_low={found.rate_low},")
+        print(f"        rate_high={found.rate_high},")
+        print(f"        rows={found.rows},")
+        print("    ),")
+
+
+def main() -> None:
+    from expertmesh.spec.catalog import models
+    from expertmesh.spec.catalog_hardware import accelerators
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fit", action="store_true", help="fit again and print the constants")
+    options = parser.parse_args()
+    shapes = {name: known.shape for name, known in models().items()}
+    rows, skipped = read_rows(shapes, accelerators())
+    found = report(rows)
+    print_report(found, skipped)
+    if options.fit:
+        print()
+        print_efficiencies(found.fitted)
+
+
+if __name__ == "__main__":
+    main()
