@@ -4,8 +4,10 @@
     python -m benchmarks.planner_accuracy --fit   # fit them again and print them
 
 Five numbers an era are fitted: the share of bandwidth for plain weights and caches, that for
-experts' weights, the share of FLOPs, and a fixed time a layer and a sequence. The fit is the least sum of squared
-logs of predicted over published rates, by a pattern search that always ends in the same place.
+experts' weights, the share of FLOPs, and a fixed time a layer and a sequence. The fit is the least
+sum of squared logs of predicted over published rates, by a pattern search that always ends in the
+same place. Two more were chosen once, for both eras, among a few values: that half of an exchange
+hides behind the other half of a batch, and the smallest tile. All else comes from elsewhere.
 """
 
 import argparse
@@ -25,6 +27,8 @@ from expertmesh.core.perf.efficiency import EFFICIENCIES, Efficiency
 from expertmesh.core.perf.fabric import Exchange, Fabric
 from expertmesh.core.perf.layout import Layout
 from expertmesh.core.perf.rates import Served, decode_rate, mixed_rate, prefill_rate
+from expertmesh.spec.catalog import models
+from expertmesh.spec.catalog_hardware import accelerators
 
 DATA = Path(__file__).with_name("published_throughput.yaml")
 ERAS = (Era.HOPPER, Era.BLACKWELL)
@@ -33,8 +37,16 @@ MEDIAN_GOAL = 0.15
 WORST_GOAL = 0.40
 
 START = (0.7, 0.5, 0.5, 150e-6, 10e-6)
-LOWEST = (0.1, 0.1, 0.1, 10e-6, 1e-6)
-HIGHEST = (1.0, 1.0, 1.0, 600e-6, 60e-6)
+LOWEST = (0.1, 0.1, 0.1, 10e-6, 5e-6)
+HIGHEST = (0.9, 0.9, 0.9, 600e-6, 25e-6)
+"""Of memory: FlashMLA on H800 reads 90 % of it. A sequence costs the host 5 to 25 µs."""
+NAMES = (
+    "memory",
+    "experts_memory",
+    "compute",
+    "fixed_s_per_layer",
+    "fixed_s_per_sequence",
+)
 PRIOR_WEIGHT = 0.02
 """Of a parameter's distance from START, in squared logs: it decides only where no row does."""
 
@@ -104,6 +116,11 @@ def read_rows(
     return rows, skipped
 
 
+def published_rows() -> tuple[list[Row], list[Unpredictable]]:
+    """Of the shipped file, with the models and GPUs of the catalog."""
+    return read_rows({name: known.shape for name, known in models().items()}, accelerators())
+
+
 def _row(
     entry: Mapping[str, Any],
     shapes: Mapping[str, ModelShape],
@@ -164,9 +181,7 @@ def as_efficiency(constants: Constants) -> Efficiency:
 def fit(rows: Sequence[Row], start: Constants = START) -> Constants:
     """The five numbers that fit `rows` best."""
     sizes = Counter(row.series for row in rows if row.series)
-    weights = [
-        min(1.0, SERIES_WEIGHT / sizes[row.series]) if row.series else 1.0 for row in rows
-    ]
+    weights = [min(1.0, SERIES_WEIGHT / sizes[row.series]) if row.series else 1.0 for row in rows]
 
     def loss(constants: Constants) -> float:
         reached = as_efficiency(constants)
@@ -196,9 +211,11 @@ def _pattern_search(loss: Callable[[Constants], float], start: Constants) -> Con
     return tuple(best)
 
 
-def with_range(constants: Constants, rows: Sequence[Row], held_out: Mapping[str, float]) -> Efficiency:
-    """Efficiency with the range in which four of five rows lie when they are left out of the fit."""
-    ratios = sorted(1 / (1 + held_out[row.label]) for row in rows)
+def with_range(
+    constants: Constants, rows: Sequence[Row], held_out: Mapping[str, float]
+) -> Efficiency:
+    """With the range in which four of five rows lie when they are left out of the fit."""
+    low, high = _range(rows, held_out)
     memory, experts_memory, compute, layer_s, sequence_s = constants
     return Efficiency(
         round(memory, 3),
@@ -206,9 +223,18 @@ def with_range(constants: Constants, rows: Sequence[Row], held_out: Mapping[str,
         round(compute, 3),
         round(layer_s, 6),
         round(sequence_s, 7),
+        low,
+        high,
+        len(rows),
+    )
+
+
+def _range(rows: Sequence[Row], errors: Mapping[str, float]) -> tuple[float, float]:
+    """Published over predicted rate of the tenth and the ninetieth of a hundred rows."""
+    ratios = sorted(1 / (1 + errors[row.label]) for row in rows)
+    return (
         round(min(1.0, _quantile(ratios, 0.1)), 2),
         round(max(1.0, _quantile(ratios, 0.9)), 2),
-        len(rows),
     )
 
 
@@ -296,9 +322,16 @@ def print_report(found: Report, skipped: Sequence[Unpredictable]) -> None:
                 f"{title + ', ' + name:42} median {median(sizes):>4.0%}, worst {sizes[-1]:>4.0%}, "
                 f"{above} of {len(sizes)} above {WORST_GOAL:.0%}"
             )
-    sizes = [abs(found.committed[row.label]) for row in tabled if row.fitted]
-    print(f"goal: median within {MEDIAN_GOAL:.0%}: {_met(median(sizes) <= MEDIAN_GOAL)}")
-    print(f"goal: none above {WORST_GOAL:.0%}: {_met(max(sizes) <= WORST_GOAL)}")
+    for name, counted in (
+        ("fitted rows", [row for row in tabled if row.fitted]),
+        ("all predicted rows", tabled),
+    ):
+        sizes = [abs(found.committed[row.label]) for row in counted]
+        print(
+            f"goal, {name} of the table: median {median(sizes):.0%} within {MEDIAN_GOAL:.0%}: "
+            f"{_met(median(sizes) <= MEDIAN_GOAL)}; worst {max(sizes):.0%} within "
+            f"{WORST_GOAL:.0%}: {_met(max(sizes) <= WORST_GOAL)}"
+        )
     wrong = wrong_orders(found.rows, EFFICIENCIES)
     print(f"goal: the right side of EP or not: {_met(not wrong)}", *wrong)
 
@@ -307,8 +340,8 @@ def _met(is_met: bool) -> str:
     return "met" if is_met else "MISSED"
 
 
-def print_efficiencies(fitted: Mapping[Era, Efficiency]) -> None:
-    for era, found in fitted.items():
+def print_efficiencies(report: Report) -> None:
+    for era, found in report.fitted.items():
         print(f"    Era.{era.name}: Efficiency(")
         print(f"        memory={found.memory},")
         print(f"        experts_memory={found.experts_memory},")
@@ -319,22 +352,25 @@ def print_efficiencies(fitted: Mapping[Era, Efficiency]) -> None:
         print(f"        rate_high={found.rate_high},")
         print(f"        rows={found.rows},")
         print("    ),")
+        for name, low, high in zip(NAMES, LOWEST, HIGHEST, strict=True):
+            if getattr(found, name) in (low, high):
+                print(f"    # {name} is at its bound")
+    rows = [row for row in report.rows if row.fitted]
+    low, high = _range(rows, report.without_era)
+    print(f"BORROWED_RATE_LOW = {low}")
+    print(f"BORROWED_RATE_HIGH = {high}")
 
 
 def main() -> None:
-    from expertmesh.spec.catalog import models
-    from expertmesh.spec.catalog_hardware import accelerators
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fit", action="store_true", help="fit again and print the constants")
     options = parser.parse_args()
-    shapes = {name: known.shape for name, known in models().items()}
-    rows, skipped = read_rows(shapes, accelerators())
+    rows, skipped = published_rows()
     found = report(rows)
     print_report(found, skipped)
     if options.fit:
         print()
-        print_efficiencies(found.fitted)
+        print_efficiencies(found)
 
 
 if __name__ == "__main__":

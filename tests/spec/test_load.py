@@ -44,7 +44,19 @@ CONFIG = {
     "num_experts": 16,
     "num_experts_per_tok": 4,
     "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "moe_intermediate_size": 32,
+    "vocab_size": 128,
     "max_position_embeddings": 1024,
+}
+DENSE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "vocab_size": 128,
 }
 
 
@@ -92,7 +104,8 @@ def test_a_deployment_becomes_plain_values(folder: Folder) -> None:
     model = load_system(folder.write()).models[0]
     assert model.source == str(folder.model)
     assert model.parallelism == Parallelism(tensor=1, data=2, expert=2)
-    assert model.shape is not None and model.shape.experts == 16
+    assert model.shape is not None and model.shape.experts is not None
+    assert model.shape.experts.count == 16 and model.shape.experts.per_token == 4
 
 
 def test_tensor_parallel_workers_share_a_rank(folder: Folder) -> None:
@@ -101,9 +114,29 @@ def test_tensor_parallel_workers_share_a_rank(folder: Folder) -> None:
     assert load_system(folder.write()).models[0].parallelism == Parallelism(2, 2, 4)
 
 
+def test_a_dense_model_is_served_without_expert_parallelism(folder: Folder) -> None:
+    folder.config = dict(DENSE)
+    folder.deployment["parallelism"] = {"expert": 1}
+    model = load_system(folder.write()).models[0]
+    assert model.shape is not None and model.shape.experts is None
+    assert model.shape.dense_layers == 4
+
+
+def test_an_unknown_architecture_is_read_as_one_that_the_manifest_names(folder: Folder) -> None:
+    folder.config["architectures"] = ["NewMoeForCausalLM"]
+    assert "'NewMoeForCausalLM' is not known" in folder.refusal()
+    folder.deployment["model"]["shape"] = {"read_as": "Qwen3MoeForCausalLM", "num_experts": 8}
+    shape = load_system(folder.write()).models[0].shape
+    assert shape is not None and shape.experts is not None
+    assert (shape.architecture, shape.experts.count) == ("NewMoeForCausalLM", 8)
+
+
 def set_field(path: str, value: object) -> Callable[[Folder], None]:
     def change(folder: Folder) -> None:
         root, *parts = path.split(".")
+        if not parts:
+            setattr(folder, root, value)
+            return
         target = getattr(folder, root)
         for part in parts[:-1]:
             target = target[int(part)] if part.isdigit() else target[part]
@@ -122,7 +155,7 @@ def remove_weights(folder: Folder) -> None:
 
 
 def make_dense(folder: Folder) -> None:
-    folder.config = {"architectures": ["Qwen3ForCausalLM"], "num_hidden_layers": 4}
+    folder.config = dict(DENSE)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +178,11 @@ def make_dense(folder: Folder) -> None:
         ),
         pytest.param(
             remove_model, ("tiny.yaml", "model.source", "no such folder"), id="missing model folder"
+        ),
+        pytest.param(
+            set_field("config", {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4}),
+            ("tiny.yaml", "model.source", "config.json", "num_hidden_layers is missing"),
+            id="config without layers",
         ),
         pytest.param(
             remove_weights, ("tiny.yaml", "model.source", "no *.safetensors"), id="missing weights"

@@ -36,12 +36,19 @@ def grouped_query(
             extras += (heads + kv_heads) * head_dim
         windowed, window = _windowed_layers(config, layers)
         whole = FullAttention(
-            layers=layers - windowed, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+            layers=layers - windowed,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             extras=extras,
         )
         short = FullAttention(
-            layers=windowed, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-            window=window, extras=extras,
+            layers=windowed,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            window=window,
+            extras=extras,
         )
         return _present(whole, short)
 
@@ -100,15 +107,18 @@ def block_sparse(config: ConfigReader, layers: int) -> tuple[Attention, ...]:
     """MiniMax M3: an indexer picks blocks of the context in most layers."""
     heads, kv_heads, head_dim = _heads(config)
     norms = 2 * head_dim
-    sparse = config.text.get("sparse_attention_config") or {}
-    frequency = sparse.get("sparse_attention_freq", [])
-    indexed = sum(1 for entry in frequency[:layers] if entry)
-    index_heads = int(sparse.get("sparse_num_index_heads", 0))
-    index_dim = int(sparse.get("sparse_index_dim", 0))
+    sparse = config.section("sparse_attention_config")
+    frequency = sparse.per_layer("sparse_attention_freq", layers) or ()
+    indexed = sum(1 for entry in frequency if entry)
+    index_heads = sparse.count("sparse_num_index_heads", default=0)
+    index_dim = sparse.count("sparse_index_dim", default=0)
     hidden = config.positive("hidden_size")
     return _present(
         FullAttention(
-            layers=layers - indexed, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+            layers=layers - indexed,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             extras=norms,
         ),
         FullAttention(
@@ -196,15 +206,15 @@ def gated_delta(config: ConfigReader, layers: int) -> tuple[Attention, ...]:
 
 def kimi_delta(config: ConfigReader, layers: int) -> tuple[Attention, ...]:
     """Kimi Linear and K3: delta attention with a gate per channel, and MLA every few layers."""
-    linear = config.text.get("linear_attn_config") or {}
-    delta = sum(1 for layer in linear.get("kda_layers", ()) if layer <= layers)
+    linear = config.section("linear_attn_config")
+    delta = sum(1 for layer in set(linear.numbers("kda_layers")) if 0 < layer <= layers)
     if not delta:
         raise config.refuse("linear_attn_config.kda_layers is missing; it lists the linear layers")
-    heads, head_dim = int(linear["num_heads"]), int(linear["head_dim"])
-    kernel = int(linear.get("short_conv_kernel_size", 4))
+    heads, head_dim = linear.positive("num_heads"), linear.positive("head_dim")
+    kernel = linear.count("short_conv_kernel_size", default=4)
     hidden = config.positive("hidden_size")
     width = heads * head_dim
-    full_rank = bool(linear.get("use_full_rank_gate", False))
+    full_rank = linear.flag("use_full_rank_gate")
     low_rank = head_dim * (hidden + width)
     return (
         *latent(config, layers - delta),
@@ -236,7 +246,9 @@ def compressed(config: ConfigReader, layers: int) -> tuple[Attention, ...]:
     if ratios is None:
         raise config.refuse("compress_ratios is missing; it says how each layer's cache is kept")
     kinds: list[FullAttention] = []
-    for ratio, count in sorted(Counter(int(ratio) for ratio in ratios).items()):
+    if not all(isinstance(ratio, int) and ratio >= 0 for ratio in ratios):
+        raise config.refuse(f"compress_ratios: {ratios!r} are no whole numbers")
+    for ratio, count in sorted(Counter(ratios).items()):
         # Only layers that compress little have an indexer: it picks among their entries.
         indexed = 0 < ratio <= _INDEXED_UP_TO
         entry = (2 if indexed else 1) * head_dim

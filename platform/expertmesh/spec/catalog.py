@@ -22,6 +22,8 @@ class KnownModel:
     name: str
     """Of the model, which may have checkpoints in several formats."""
     shape: ModelShape
+    config: Mapping[str, Any]
+    """The keys of config.json that the shape follows from."""
     source: str
     """Where the config was read."""
     published_total: float
@@ -52,17 +54,14 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 def _checkpoints(entry: Mapping[str, Any]) -> Iterable[KnownModel]:
     published = entry["published"]
     active = published.get("active_b")
+    shared = _expand(entry["config"])
     for identifier, differences in entry["checkpoints"].items():
-        config = {key: _expand(value) for key, value in entry["config"].items()}
-        for key, value in (differences or {}).items():
-            if key == "max_position_embeddings":
-                _text_of(config)[key] = value
-            else:
-                config[key] = value
+        config = _merged(shared, differences or {})
         yield KnownModel(
             id=identifier,
             name=entry["name"],
             shape=read_shape(config),
+            config=config,
             source=entry["source"],
             published_total=published["total_b"] * 1e9,
             published_active=None if active is None else active * 1e9,
@@ -71,9 +70,15 @@ def _checkpoints(entry: Mapping[str, Any]) -> Iterable[KnownModel]:
         )
 
 
-def _text_of(config: dict[str, Any]) -> dict[str, Any]:
-    text = config.get("thinker_config", config).get("text_config")
-    return config if text is None else dict(text)
+def _merged(config: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for key, value in differences.items():
+        inner = merged.get(key)
+        if isinstance(inner, Mapping) and isinstance(value, Mapping):
+            merged[key] = _merged(inner, value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def _expand(value: Any) -> Any:

@@ -42,7 +42,25 @@ class ConfigReader:
             return None
         if len(value) < layers:
             raise self.refuse(f"{key} has {len(value)} entries for {layers} layers")
+        if not all(isinstance(entry, str | int) for entry in value):
+            raise self.refuse(f"{key}: an entry is neither a word nor a number")
         return tuple(value[:layers])
+
+    def numbers(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers; empty when it is not set."""
+        value = self.text.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, Sequence) or not all(isinstance(entry, int) for entry in value):
+            raise self.refuse(f"{key}: {value!r} is no list of whole numbers")
+        return tuple(value)
+
+    def section(self, key: str) -> "ConfigReader":
+        """A mapping within; empty when it is not set."""
+        value = self.text.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.refuse(f"{key}: {value!r} is no mapping")
+        return ConfigReader(f"{self.architecture}, {key}", value or {})
 
     def refuse(self, what: str) -> ManifestError:
         return ManifestError(f"config.json of {self.architecture}: {what}")

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from expertmesh.core.domain.deployment import ModelDeployment, ScalingRules, Tariff
 from expertmesh.core.domain.fleet import ExternalRoute, ExternalUse, Parallelism
-from expertmesh.core.domain.moe import MoeShape
+from expertmesh.core.domain.model_shape import ModelShape
 from expertmesh.core.domain.slo import Slo
 from expertmesh.spec.manifest import ManifestModel
 from expertmesh.spec.platform import Name, PoolManifest
@@ -25,6 +25,8 @@ class ModelSource(ManifestModel):
     """A folder (absolute, or relative to the manifest when it starts with a dot) or an HF id."""
     revision: str = "main"
     max_model_len: Annotated[int, Field(ge=16)]
+    shape: Annotated[dict[str, Any], Field(default_factory=dict)]
+    """Keys of config.json to read otherwise, and `read_as: <architecture>` for one not known."""
 
 
 class ParallelismManifest(ManifestModel):
@@ -156,7 +158,7 @@ class DeploymentManifest(ManifestModel):
         return Path(source) if source.startswith("/") else None
 
     def to_core(
-        self, folder: Path, shape: MoeShape | None, external: tuple[ExternalRoute, ...] = ()
+        self, folder: Path, shape: ModelShape | None, external: tuple[ExternalRoute, ...] = ()
     ) -> ModelDeployment:
         local = self.local_source(folder)
         scaling = self.scaling

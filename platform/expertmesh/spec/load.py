@@ -11,10 +11,11 @@ from pydantic import ValidationError
 from expertmesh.core.domain.deployment import ModelDeployment
 from expertmesh.core.domain.fleet import ExternalRoute
 from expertmesh.core.domain.hardware import Pool
+from expertmesh.core.domain.model_shape import ModelShape
 from expertmesh.errors import ManifestError
-from expertmesh.spec.deployment import DeploymentManifest
+from expertmesh.spec.deployment import DeploymentManifest, ParallelismManifest
 from expertmesh.spec.manifest import explain, refuse
-from expertmesh.spec.model_config import read_moe_shape
+from expertmesh.spec.model_config import read_folder
 from expertmesh.spec.platform import PlatformManifest, PoolManifest
 
 _KINDS: dict[str, type[DeploymentManifest] | type[PlatformManifest]] = {
@@ -166,17 +167,9 @@ def _check_deployment(
     local = deployment.local_source(file.parent)
     shape = None
     if local is not None:
-        shape = read_moe_shape(local, file=name, field="model.source")
-        expert = deployment.parallelism.expert
-        if shape.experts % expert:
-            fitting = [n for n in range(1, shape.experts + 1) if shape.experts % n == 0]
-            raise refuse(
-                name,
-                "parallelism.expert",
-                expert,
-                f"does not divide the model's {shape.experts} experts; "
-                f"write one of {', '.join(map(str, fitting))}",
-            )
+        overrides = deployment.model.shape
+        shape = read_folder(local, file=name, field="model.source", overrides=overrides)
+        _check_experts(name, local, deployment.parallelism, shape)
         longest = shape.max_position_embeddings
         if longest and deployment.model.max_model_len > longest:
             raise refuse(
@@ -198,6 +191,32 @@ def _check_deployment(
                 "raise the pool's nodes.max or lower parallelism.expert",
             )
     return deployment.to_core(file.parent, shape, routes)
+
+
+def _check_experts(
+    file: str, folder: Path, parallelism: ParallelismManifest, shape: ModelShape
+) -> None:
+    expert = parallelism.expert
+    if shape.experts is None:
+        if expert > 1:
+            raise refuse(
+                file,
+                "model.source",
+                str(folder / "config.json"),
+                "describes no mixture of experts; choose a MoE model or write "
+                "parallelism: {expert: 1}",
+            )
+        return
+    count = shape.experts.count
+    if count % expert:
+        fitting = [n for n in range(1, count + 1) if count % n == 0]
+        raise refuse(
+            file,
+            "parallelism.expert",
+            expert,
+            f"does not divide the model's {count} experts; "
+            f"write one of {', '.join(map(str, fitting))}",
+        )
 
 
 def _external_routes(

@@ -1,279 +1,178 @@
-"""Read the shape of a model from its config.json."""
+"""Find a model's config.json, in a folder, on the hub or in the catalog, and read its shape."""
 
+import difflib
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from expertmesh.core.domain.model_shape import Experts, FullAttention, ModelShape
-from expertmesh.core.perf.parameters import checkpoint_bytes, prediction_parameters
+from expertmesh.core.domain.model_shape import ModelShape
+from expertmesh.core.perf.parameters import checkpoint_bytes, prediction_bytes
 from expertmesh.errors import ManifestError, UpstreamUnavailable
-from expertmesh.spec.attention import (
-    AttentionOf,
-    block_sparse,
-    chunked,
-    compressed,
-    gated_delta,
-    grouped_query,
-    kimi_delta,
-    latent,
-    two_geometries,
-)
 from expertmesh.spec.catalog import models
-from expertmesh.spec.config_reader import ConfigReader
 from expertmesh.spec.manifest import refuse
-from expertmesh.spec.quantisation import read_quantisation
-from expertmesh.spec.vision import tower_parameters
+from expertmesh.spec.model_shape import read_shape
 
-# The same number under the names that the model families use.
-_EXPERT_KEYS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
-_TOP_K_KEYS = (
-    "num_experts_per_tok", "num_experts_per_token", "experts_per_token", "top_k_experts",
-    "moe_top_k", "moe_k",
-)  # fmt: skip
-_TEXT_KEYS = ("text_config", "llm_config", "language_config")
+__all__ = ["Fetch", "LoadedShape", "Origin", "load_shape", "read_folder", "read_shape"]
+
+Fetch = Callable[[str, str, str], Path | None]
+"""Takes a Hugging Face id, a revision and a file's name; None when there is no such file.
+
+Raises UpstreamUnavailable when the hub cannot be asked.
+"""
 
 INDEX_TOLERANCE = 0.03
-"""Share by which the bytes of the weights may differ from the index before it is said."""
+"""Share by which the computed bytes of the weights may differ from the index."""
 
-READ_AS = "read_as"
-"""Override that names a known architecture whose keys and layers the config shares."""
+_CONFIG = "config.json"
+_INDEX = "model.safetensors.index.json"
+_MODELOPT = "hf_quant_config.json"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+class Origin(StrEnum):
+    FOLDER = "folder"
+    HUB = "hub"
+    CATALOG = "catalog"
 
 
 @dataclass(frozen=True, slots=True)
-class _Family:
-    """What the config of an architecture does not say by itself."""
-
-    attention: AttentionOf
-    width_is_experts: bool = False
-    """`intermediate_size` is the width of an expert, not of a dense layer."""
-    dense_key: str = "intermediate_size"
-    balanceable: bool = True
-    router_bias: bool = False
-    """Each expert has a learned bias in the router."""
-    biased_experts: bool = False
-    shared_gate: bool = False
-    """The shared expert has a gate of its own."""
-    norms_per_layer: int = 2
+class LoadedShape:
+    shape: ModelShape
+    origin: Origin
+    warning: str | None = None
+    """What a person should know before they rely on the shape."""
 
 
-_FAMILIES: dict[str, _Family] = {
-    "LlamaForCausalLM": _Family(grouped_query()),
-    "MistralForCausalLM": _Family(grouped_query()),
-    "Qwen2ForCausalLM": _Family(grouped_query(qkv_bias=True)),
-    "Qwen3ForCausalLM": _Family(grouped_query(qk_norm="head")),
-    "Qwen3VLForConditionalGeneration": _Family(grouped_query(qk_norm="head")),
-    "Qwen3MoeForCausalLM": _Family(grouped_query(qk_norm="head")),
-    "Qwen3VLMoeForConditionalGeneration": _Family(grouped_query(qk_norm="head")),
-    "Qwen3OmniMoeForConditionalGeneration": _Family(grouped_query(qk_norm="head")),
-    "Qwen3NextForCausalLM": _Family(gated_delta, shared_gate=True),
-    "Qwen3_5ForCausalLM": _Family(gated_delta),
-    "Qwen3_5ForConditionalGeneration": _Family(gated_delta),
-    "Qwen3_5MoeForCausalLM": _Family(gated_delta, shared_gate=True),
-    "Qwen3_5MoeForConditionalGeneration": _Family(gated_delta, shared_gate=True),
-    "DeepseekV2ForCausalLM": _Family(latent),
-    "DeepseekV3ForCausalLM": _Family(latent, router_bias=True),
-    "DeepseekV32ForCausalLM": _Family(latent, router_bias=True),
-    "DeepseekV4ForCausalLM": _Family(compressed, router_bias=True),
-    "KimiK25ForConditionalGeneration": _Family(latent, router_bias=True),
-    "KimiLinearForCausalLM": _Family(kimi_delta, router_bias=True),
-    "KimiK3ForConditionalGeneration": _Family(kimi_delta, router_bias=True),
-    "Glm4MoeForCausalLM": _Family(grouped_query(), router_bias=True),
-    "Glm4MoeLiteForCausalLM": _Family(latent, router_bias=True),
-    "GlmMoeDsaForCausalLM": _Family(latent, router_bias=True),
-    "GptOssForCausalLM": _Family(
-        grouped_query(o_bias=True, sinks=True),
-        width_is_experts=True,
-        balanceable=False,
-        router_bias=True,
-        biased_experts=True,
-    ),
-    "MiniMaxM2ForCausalLM": _Family(
-        grouped_query(qk_norm="layer"), width_is_experts=True, balanceable=False, router_bias=True
-    ),
-    "MiniMaxM3ForCausalLM": _Family(
-        block_sparse,
-        width_is_experts=True,
-        dense_key="dense_intermediate_size",
-        balanceable=False,
-        router_bias=True,
-    ),
-    "Llama4ForCausalLM": _Family(
-        chunked, width_is_experts=True, dense_key="intermediate_size_mlp"
-    ),
-    "MixtralForCausalLM": _Family(grouped_query(), width_is_experts=True),
-    "MiMoV2FlashForCausalLM": _Family(two_geometries, router_bias=True),
-}
-_FAMILIES |= {
-    "Llama4ForConditionalGeneration": _FAMILIES["Llama4ForCausalLM"],
-    "MiniMaxM3SparseForCausalLM": _FAMILIES["MiniMaxM3ForCausalLM"],
-    "MiniMaxM3SparseForConditionalGeneration": _FAMILIES["MiniMaxM3ForCausalLM"],
-}
+def load_shape(
+    source: str,
+    *,
+    revision: str = "main",
+    fetch: Fetch | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> LoadedShape:
+    """`source`: a local folder or a Hugging Face id; no weights are read.
 
-
-def read_shape(
-    config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
-) -> ModelShape:
-    """`overrides`: keys of the text config to take instead, and `read_as`.
-
-    Raises ManifestError, which says what is missing, for a config that cannot be read.
+    Without `fetch`, and while the hub cannot be asked, known models come from the catalog.
+    Raises ManifestError for a model that cannot be found or read, and UpstreamUnavailable when
+    only the hub could tell.
     """
-    changes = dict(overrides or {})
-    architecture = _architecture(config)
-    read_as = str(changes.pop(READ_AS, architecture))
-    family = _FAMILIES.get(read_as)
-    if family is None:
+    if source.startswith((".", "/")):
+        folder = Path(source)
+        if not folder.is_dir():
+            raise ManifestError(f"{source}: no such folder; write the path of the model's folder")
+        return _load(source, lambda name: _in_folder(folder, name), Origin.FOLDER, overrides)
+    if not _HUB_ID.fullmatch(source):
         raise ManifestError(
-            f"config.json: architectures: {read_as!r} is not known to the planner; give the "
-            f"override {READ_AS}: <known architecture> when its layers are alike, and overrides "
-            f"for keys that differ; known are {', '.join(sorted(_FAMILIES))}"
+            f"{source}: is no folder and no Hugging Face id; write ./<folder> or <maker>/<model>"
         )
-    text = {**_text_config(config), **changes}
-    reader = ConfigReader(architecture, text)
-    layers = reader.positive("num_hidden_layers")
-    hidden = reader.positive("hidden_size")
-    experts = _experts(reader, family, layers)
-    dense_layers = layers - (experts.layers if experts else 0)
-    attention = family.attention(reader, layers)
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-    return ModelShape(
-        architecture=architecture,
-        layers=layers,
-        hidden=hidden,
-        vocab=reader.positive("vocab_size"),
-        max_position_embeddings=reader.count("max_position_embeddings", default=0),
-        attention=attention,
-        experts=experts,
-        dense_width=reader.positive(family.dense_key, "intermediate_size") if dense_layers else 0,
-        tied_embeddings=bool(text.get("tie_word_embeddings", tied)),
-        quantisation=read_quantisation(config, text),
-        norms=_norms(reader, family, layers, hidden),
-        prediction_layers=reader.count(
-            "num_nextn_predict_layers", "mtp_num_hidden_layers", default=0
-        ),
-        other_parameters=reader.count("other_parameters", default=tower_parameters(config)),
-        kv_bytes_per_token_layer=_compressed_cache_bytes(attention, layers),
-    )
+    reason = "was not asked"
+    if fetch is not None:
+        ask = fetch
+        try:
+            return _load(source, lambda name: ask(source, revision, name), Origin.HUB, overrides)
+        except UpstreamUnavailable as error:
+            reason = f"cannot be asked ({error})"
+    known = models().get(source)
+    if known is None:
+        close = difflib.get_close_matches(source, models(), n=3)
+        hint = f"; the catalog has {', '.join(close)}" if close else ""
+        text = (
+            f"{source}: the hub {reason} and the catalog has no such model; "
+            f"connect, or give a folder with its config.json{hint}"
+        )
+        raise ManifestError(text) if fetch is None else UpstreamUnavailable(text)
+    shape = read_shape(known.config, overrides) if overrides else known.shape
+    warning = None
+    if not known.verified:
+        warning = f"{source}: its config could not be read; the catalog's numbers are second-hand"
+    return LoadedShape(shape, Origin.CATALOG, warning)
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
-    names = config.get("architectures")
-    if isinstance(names, list) and names:
-        return str(names[0])
-    raise ManifestError(
-        "config.json: architectures is missing; add the name of the model's class, "
-        f"or give the override {READ_AS}"
-    )
+def read_folder(
+    folder: Path, *, file: str, field: str, overrides: Mapping[str, Any] | None = None
+) -> ModelShape:
+    """Of a model that can be served from its folder, so with weights.
+
+    `file` and `field` say where the manifest names the folder, for the error text.
+    """
+    if not folder.is_dir():
+        raise refuse(
+            file, field, str(folder), "no such folder; write the path of the model's folder"
+        )
+    path = folder / _CONFIG
+    if not path.is_file():
+        raise refuse(file, field, str(folder), "holds no config.json; write a model's folder")
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise refuse(
+            file, field, str(path), f"is no JSON ({error}); fetch the model again"
+        ) from None
+    try:
+        shape = read_shape(config, overrides)
+    except ManifestError as error:
+        raise refuse(file, field, str(path), str(error)) from None
+    if not any(folder.glob("*.safetensors")):
+        raise refuse(file, field, str(folder), "holds no *.safetensors weights; fetch them")
+    return shape
 
 
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Models for images and sound keep the text part, which is what works for tokens, apart."""
-    thinker = config.get("thinker_config")
-    if isinstance(thinker, Mapping):
-        return _text_config(thinker)
-    for key in _TEXT_KEYS:
-        inner = config.get(key)
-        # Some converted configs hold an empty one beside the real keys.
-        if isinstance(inner, Mapping) and "num_hidden_layers" in inner:
-            return inner
-    return config
+def _in_folder(folder: Path, name: str) -> Path | None:
+    path = folder / name
+    return path if path.is_file() else None
 
 
-def _experts(config: ConfigReader, family: _Family, layers: int) -> Experts | None:
-    count = config.count(*_EXPERT_KEYS, default=0)
-    if not count:
+def _load(
+    source: str,
+    find: Callable[[str], Path | None],
+    origin: Origin,
+    overrides: Mapping[str, Any] | None,
+) -> LoadedShape:
+    config = _read_json(source, find(_CONFIG))
+    if config is None:
+        raise ManifestError(f"{source}: holds no config.json; write a model's folder or id")
+    if not config.get("quantization_config"):
+        modelopt = _read_json(source, find(_MODELOPT))
+        if modelopt is not None:
+            config["quantization_config"] = modelopt
+    try:
+        shape = read_shape(config, overrides)
+    except ManifestError as error:
+        raise ManifestError(f"{source}: {error}") from None
+    index = _read_json(source, find(_INDEX))
+    return LoadedShape(shape, origin, _index_warning(source, shape, index))
+
+
+def _read_json(source: str, path: Path | None) -> dict[str, Any] | None:
+    if path is None:
         return None
-    hidden = config.positive("hidden_size")
-    per_token = config.positive(*_TOP_K_KEYS)
-    if per_token > count:
-        raise config.refuse(f"{per_token} experts per token of {count}; a token uses at most all")
-    if family.width_is_experts:
-        width = config.positive("intermediate_size")
-    else:
-        width = config.positive("moe_intermediate_size")
-    shared = _shared_width(config, width)
-    latent_width = config.count("routed_expert_hidden_size", default=0)
-    extras = count if family.router_bias else 0
-    if family.shared_gate and shared:
-        extras += hidden
-    if config.flag("latent_moe_use_norm"):
-        extras += latent_width
-    return Experts(
-        layers=_expert_layers(config, layers),
-        count=count,
-        per_token=per_token,
-        width=width,
-        shared_width=shared,
-        latent=latent_width,
-        groups=config.count("n_group", "num_expert_group", default=1),
-        groups_per_token=config.count("topk_group", default=1),
-        balanceable=family.balanceable,
-        bias=2 * width + hidden if family.biased_experts else 0,
-        extras=extras,
-        hash_layers=config.count("num_hash_layers", default=0),
-    )
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ManifestError(
+            f"{source}: {path.name} is no JSON ({error}); fetch the model again"
+        ) from None
+    if not isinstance(content, dict):
+        raise ManifestError(f"{source}: {path.name} holds no mapping; fetch the model again")
+    return content
 
 
-def _shared_width(config: ConfigReader, width: int) -> int:
-    explicit = config.count(
-        "shared_expert_intermediate_size", "shared_intermediate_size", default=0
-    )
-    if explicit:
-        return explicit
-    count = config.count("n_shared_experts", "num_shared_experts", default=0)
-    # Llama 4 has one, which its config does not name.
-    if "interleave_moe_layer_step" in config.text:
-        count = 1
-    return count * width
-
-
-def _expert_layers(config: ConfigReader, layers: int) -> int:
-    """Layers with experts, from whichever key of the families says it."""
-    kinds = config.per_layer("mlp_layer_types", layers)
-    if kinds is not None:
-        return sum(1 for kind in kinds if kind == "sparse")
-    flags = config.per_layer("moe_layer_freq", layers)
-    if flags is not None:
-        return sum(1 for flag in flags if flag)
-    listed = config.text.get("moe_layers")
-    if isinstance(listed, list) and listed:
-        return len(listed)
-    step = config.count("interleave_moe_layer_step", "decoder_sparse_step", default=1)
-    dense = set(config.text.get("mlp_only_layers") or ())
-    first = config.count("first_k_dense_replace", default=0)
-    if isinstance(config.text.get("moe_layer_freq"), int):
-        step = config.positive("moe_layer_freq")
-        return sum(1 for layer in range(first, layers) if layer % step == 0)
-    return sum(
-        1
-        for layer in range(first, layers)
-        if layer not in dense and step and (layer + 1) % step == 0
-    )
-
-
-def _norms(config: ConfigReader, family: _Family, layers: int, hidden: int) -> int:
-    """Of the layers, the last one, and the residual paths that some models have."""
-    count = (family.norms_per_layer * layers + 1) * hidden
-    streams = config.count("hc_mult", default=0)
-    if streams:
-        # Hyper-connections: two a layer mix the streams, and one joins them at the end.
-        mixing = (2 + streams) * streams
-        count += 2 * layers * (mixing * (streams * hidden + 1) + 3)
-        count += streams * (streams * hidden + 1) + 1
-    if config.count("attn_res_block_size", default=0):
-        count += (2 * layers + 1) * 2 * hidden
-    return count
-
-
-def _compressed_cache_bytes(attention: tuple[object, ...], layers: int) -> float | None:
-    """Per token, as a mean over the layers; None when no layer compresses its cache."""
-    full = [kind for kind in attention if isinstance(kind, FullAttention)]
-    if all(kind.compression == 1 for kind in full):
+def _index_warning(source: str, shape: ModelShape, index: Mapping[str, Any] | None) -> str | None:
+    """Checkpoints may or may not hold the layers of multi-token prediction: both are right."""
+    stored = ((index or {}).get("metadata") or {}).get("total_size")
+    if not isinstance(stored, int | float) or stored <= 0:
         return None
-    elements = sum(
-        kind.layers * (kind.kv_elements_per_token + kind.index_elements_per_token)
-        for kind in full
-        if kind.window is None
+    plain = checkpoint_bytes(shape)
+    expected = min(plain, plain + prediction_bytes(shape), key=lambda size: abs(size - stored))
+    difference = (stored - expected) / stored
+    if abs(difference) <= INDEX_TOLERANCE:
+        return None
+    return (
+        f"{source}: its weights take {stored / 1e9:.2f} GB by {_INDEX}, "
+        f"but {expected / 1e9:.2f} GB by its config ({-difference:+.1%}); "
+        "check memory against the real engine"
     )
-    return 2 * elements / layers

@@ -29,6 +29,8 @@ _TOP_K_KEYS = (
 )  # fmt: skip
 _TEXT_KEYS = ("text_config", "llm_config", "language_config")
 
+_MOST_LAYERS = 10_000
+
 READ_AS = "read_as"
 """Override that names a known architecture whose keys and layers the config shares."""
 
@@ -91,9 +93,7 @@ _FAMILIES: dict[str, _Family] = {
         balanceable=False,
         router_bias=True,
     ),
-    "Llama4ForCausalLM": _Family(
-        chunked, width_is_experts=True, dense_key="intermediate_size_mlp"
-    ),
+    "Llama4ForCausalLM": _Family(chunked, width_is_experts=True, dense_key="intermediate_size_mlp"),
     "MixtralForCausalLM": _Family(grouped_query(), width_is_experts=True),
     "MiMoV2FlashForCausalLM": _Family(two_geometries, router_bias=True),
 }
@@ -104,9 +104,7 @@ _FAMILIES |= {
 }
 
 
-def read_shape(
-    config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None
-) -> ModelShape:
+def read_shape(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> ModelShape:
     """`overrides`: keys of the text config to take instead, and `read_as`.
 
     Raises ManifestError, which says what is missing, for a config that cannot be read.
@@ -124,6 +122,8 @@ def read_shape(
     text = {**_text_config(config), **changes}
     reader = ConfigReader(architecture, text)
     layers = reader.positive("num_hidden_layers")
+    if layers > _MOST_LAYERS:
+        raise reader.refuse(f"num_hidden_layers: {layers} is above {_MOST_LAYERS}")
     hidden = reader.positive("hidden_size")
     experts = _experts(reader, family, layers)
     dense_layers = layers - (experts.layers if experts else 0)
@@ -228,11 +228,11 @@ def _expert_layers(config: ConfigReader, layers: int) -> int:
     flags = config.per_layer("moe_layer_freq", layers)
     if flags is not None:
         return sum(1 for flag in flags if flag)
-    listed = config.text.get("moe_layers")
-    if isinstance(listed, list) and listed:
-        return len(listed)
+    listed = config.numbers("moe_layers")
+    if listed:
+        return sum(1 for layer in set(listed) if 0 <= layer < layers)
     step = config.count("interleave_moe_layer_step", "decoder_sparse_step", default=1)
-    dense = set(config.text.get("mlp_only_layers") or ())
+    dense = set(config.numbers("mlp_only_layers"))
     first = config.count("first_k_dense_replace", default=0)
     if isinstance(config.text.get("moe_layer_freq"), int):
         step = config.positive("moe_layer_freq")

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from expertmesh.core.domain.hardware import Market, Pool
+from expertmesh.spec.catalog_hardware import PriceManifest
 from expertmesh.spec.gateway import GatewayManifest, Listener, VariableName
 from expertmesh.spec.manifest import ManifestModel
 
@@ -133,6 +134,8 @@ class PlatformManifest(ManifestModel):
     gateway: GatewayManifest = GatewayManifest(port=8080)
     controller: Listener = Listener(port=8090)
     ray_dashboard_port: Annotated[int, Field(ge=1, le=65535)] = 8265
+    prices: tuple[PriceManifest, ...] = ()
+    """Of GPUs for planning, in place of the catalogue's for the same GPU and market."""
     store_url: str | None = None
     """SQLAlchemy URL; by default SQLite in the state directory."""
 

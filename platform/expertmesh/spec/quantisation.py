@@ -39,6 +39,9 @@ _PREFIXES = (
 )  # fmt: skip
 
 
+_LEFT_OUT = ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
+
+
 def read_quantisation(config: Mapping[str, Any], text: Mapping[str, Any]) -> Quantisation:
     """`config` is the whole config.json, `text` its text part.
 
@@ -48,7 +51,7 @@ def read_quantisation(config: Mapping[str, Any], text: Mapping[str, Any]) -> Qua
     settings = config.get("quantization_config") or text.get("quantization_config")
     if not settings:
         return Quantisation(experts=plain.dtype, others=plain.dtype)
-    settings = _flatten(settings)
+    settings = _flatten(_mapping(settings, "quantization_config"))
     layer = int(text.get("num_hidden_layers", 1)) * 2 // 3
     experts = _format_of(settings, _EXPERTS, layer, plain)
     others = _format_of(settings, _ATTENTION, layer, plain)
@@ -85,14 +88,11 @@ def _format_of(
         for module in _spellings(modules, layer):
             for pattern, entry in named.items():
                 if _matches(module, pattern):
-                    return _algorithm(str(entry.get("quant_algo")))
+                    algorithm = _mapping(entry, "quantization_config.quantized_layers")
+                    return _algorithm(str(algorithm.get("quant_algo")))
         # What is not named keeps the format of the checkpoint that was quantised further.
         return _whole_format(settings) if settings.get("quant_method") == "fp8" else plain
-    left_out = [
-        str(pattern)
-        for key in ("ignore", "exclude_modules", "modules_to_not_convert", "ignored_layers")
-        for pattern in settings.get(key) or ()
-    ]
+    left_out = [pattern for key in _LEFT_OUT for pattern in _patterns(settings, key)]
     for module in _spellings(modules, layer):
         if any(_matches(module, pattern) for pattern in left_out):
             return plain
@@ -111,7 +111,7 @@ def _whole_format(settings: Mapping[str, Any]) -> _Format:
         return _MXFP4
     if method in ("gptq", "awq", "auto-round"):
         if settings.get("bits", 4) == 4:
-            return _int4(int(settings.get("group_size") or 0))
+            return _int4(settings.get("group_size"))
     elif method == "modelopt" or "quant_algo" in settings:
         return _algorithm(str(settings.get("quant_algo")))
     elif method == "compressed-tensors":
@@ -137,35 +137,49 @@ def _algorithm(name: str) -> _Format:
 
 
 def _compressed_tensors(settings: Mapping[str, Any]) -> _Format:
-    groups = settings.get("config_groups") or {}
-    weights = next((group.get("weights") for group in groups.values() if group.get("weights")), None)
-    if not weights:
-        raise ManifestError(
-            "quantization_config.config_groups: has no weights; a group must say their num_bits"
-        )
+    name = "quantization_config.config_groups"
+    groups = _mapping(settings.get("config_groups") or {}, name)
+    stored = [_mapping(group, name).get("weights") for group in groups.values()]
+    weights = next((_mapping(entry, name) for entry in stored if entry), None)
+    if weights is None:
+        raise ManifestError(f"{name}: has no weights; a group must say their num_bits")
     bits, kind = weights.get("num_bits"), weights.get("type")
-    group_size = int(weights.get("group_size") or 0)
+    group_size = weights.get("group_size")
     if bits == 8:
         return _FP8_BLOCKS if weights.get("strategy") == "block" else _FP8
     if bits == 4 and kind == "float":
         return _NVFP4 if group_size == 16 else _MXFP4
     if bits == 4:
         return _int4(group_size)
-    raise ManifestError(
-        f"quantization_config.config_groups: weights of {bits!r} bits are not known; "
-        "known are 4 and 8"
-    )
+    raise ManifestError(f"{name}: weights of {bits!r} bits are not known; known are 4 and 8")
 
 
-def _int4(group_size: int) -> _Format:
-    """With a scale of two bytes for each group; 0 for one per channel."""
-    return _Format(Dtype.INT4, 2 / group_size if group_size > 0 else 0.0)
+def _int4(group_size: object) -> _Format:
+    """With a scale of two bytes for each group; no group size means one per channel."""
+    grouped = isinstance(group_size, int) and group_size > 0
+    return _Format(Dtype.INT4, 2 / group_size if grouped else 0.0)
+
+
+def _mapping(value: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ManifestError(f"{name}: {value!r} is no mapping; fetch the config again")
+    return value
+
+
+def _patterns(settings: Mapping[str, Any], key: str) -> list[str]:
+    value = settings.get(key) or []
+    if not isinstance(value, list):
+        raise ManifestError(f"quantization_config.{key}: {value!r} is no list of layers")
+    return [str(pattern) for pattern in value]
 
 
 def _matches(module: str, pattern: str) -> bool:
     """As vLLM and transformers read such lists: a name, its parent, a glob or a regex."""
     if pattern.startswith("re:"):
-        return re.match(pattern.removeprefix("re:"), module) is not None
+        try:
+            return re.match(pattern.removeprefix("re:"), module) is not None
+        except re.error as error:
+            raise ManifestError(f"quantization_config: {pattern!r} is no regex: {error}") from None
     if module == pattern or module.startswith(pattern + "."):
         return True
     if "*" in pattern:

@@ -21,13 +21,14 @@ def tower_parameters(config: Mapping[str, Any]) -> int:
     merge = _number(vision, "spatial_merge_size") or 2
     merged = width * merge * merge
     out = _number(vision, "out_hidden_size", "text_hidden_size") or width
-    mergers = 1 + len(vision.get("deepstack_visual_indexes") or ())
+    deeper = vision.get("deepstack_visual_indexes")
+    mergers = 1 + (len(deeper) if isinstance(deeper, list) else 0)
     return blocks + patch * width + mergers * merged * (merged + out)
 
 
 def _number(config: Mapping[str, Any], *keys: str) -> int:
     for key in keys:
         value = config.get(key)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
             return value
     return 0

@@ -35,7 +35,7 @@ class Accelerator:
     """One way to other domains, per GPU."""
     tdp_watts: float = 0.0
     all_in_watts: float | None = None
-    """With its share of the node, the network and the cooling; None when nobody has published it."""
+    """With its share of node, network and cooling; None when nobody has published it."""
     source: str = ""
     weights_only: frozenset[Dtype] = frozenset()
     """Dtypes of weights that kernels widen to BF16 as they compute, e.g. vLLM's Marlin."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from expertmesh.core.domain.fleet import ExternalRoute, Parallelism
-from expertmesh.core.domain.moe import MoeShape
+from expertmesh.core.domain.model_shape import ModelShape
 from expertmesh.core.domain.slo import Slo
 
 
@@ -37,7 +37,7 @@ class ModelDeployment:
     source: str
     """Absolute local folder or Hugging Face id."""
     revision: str
-    shape: MoeShape | None
+    shape: ModelShape | None
     """None when the source is not a local folder: the engine will read it on its node."""
     max_model_len: int
     parallelism: Parallelism

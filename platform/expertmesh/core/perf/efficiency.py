@@ -1,6 +1,6 @@
 """What share of the ideal hardware and software of one era reach."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertmesh.core.domain.accelerator import Era
 
@@ -41,13 +41,42 @@ class Efficiency:
         return Range(expected / self.rate_high, expected, expected / self.rate_low)
 
 
-# Printed by `python -m benchmarks.planner_accuracy --fit`; do not tune by hand.
+# Printed by `python -m benchmarks.planner_accuracy --fit`; not tuned by hand.
 EFFICIENCIES: dict[Era, Efficiency] = {
-    Era.HOPPER: Efficiency(0.8, 0.45, 0.6, 150e-6, 15e-6, 0.7, 1.4, 0),
-    Era.BLACKWELL: Efficiency(0.7, 0.4, 0.5, 150e-6, 15e-6, 0.7, 1.4, 0),
+    Era.HOPPER: Efficiency(
+        memory=0.9,
+        experts_memory=0.457,
+        compute=0.645,
+        fixed_s_per_layer=152e-6,
+        fixed_s_per_sequence=25.0e-6,
+        rate_low=0.83,
+        rate_high=1.24,
+        rows=21,
+    ),
+    Era.BLACKWELL: Efficiency(
+        memory=0.836,
+        experts_memory=0.385,
+        compute=0.521,
+        fixed_s_per_layer=151e-6,
+        fixed_s_per_sequence=5.0e-6,
+        rate_low=0.86,
+        rate_high=1.14,
+        rows=17,
+    ),
 }
+BORROWED_RATE_LOW = 0.82
+BORROWED_RATE_HIGH = 1.32
+"""Of rates predicted with another era's numbers: how Hopper and Blackwell do with each other's."""
 
 
 def efficiency(era: Era) -> Efficiency:
-    """Of an era; eras that nobody has published rows for borrow Hopper's with a wider range."""
-    return EFFICIENCIES[era]
+    """Of an era; those that nobody has published rows for borrow Hopper's, with a wider range."""
+    known = EFFICIENCIES.get(era)
+    if known is not None:
+        return known
+    return replace(
+        EFFICIENCIES[Era.HOPPER],
+        rate_low=BORROWED_RATE_LOW,
+        rate_high=BORROWED_RATE_HIGH,
+        rows=0,
+    )

@@ -31,10 +31,15 @@ GRAPH_BYTES = 19 * 2**20
 """Of one captured CUDA graph: 1.62 GiB for 51 piecewise and 35 full ones (vllm#39559)."""
 GRAPHS = 86
 ACTIVATIONS_BY_TENSOR = {1: 10, 2: 6, 4: 5, 8: 5}
-"""Elements a token and hidden element outside of experts, by aiconfigurator's fit to dense models."""
+"""Elements a token and hidden element outside of experts: aiconfigurator's fit to dense models."""
 LEAST_ACTIVATION_BYTES = 70 * 2**20
 BATCHED_TOKENS_LOW_LATENCY = 256
 """Most tokens of a rank in one step with DeepEP's low-latency kernels, by vLLM's default."""
+
+FP8_BLOCK_SCALE_BYTES = 4 / 128**2
+"""An element's share of the scale of its block."""
+SMALLEST_FP8_BLOCK = 32
+"""To which vLLM refines blocks of 128 when experts are cut (`refine_fp8_moe_block_shape`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,30 +278,12 @@ def _context_refusal(shape: ModelShape, context_tokens: int | None) -> Refusal |
 
 
 def _layout_refusal(shape: ModelShape, layout: Layout) -> Refusal | None:
-    """vLLM cuts whole heads, and gives each GPU the same number of experts."""
-    heads = [
-        kind.heads if isinstance(kind, FullAttention | LatentAttention) else kind.value_heads
-        for kind in shape.attention
-    ]
-    keys = [
-        kind.kv_heads
-        if isinstance(kind, FullAttention)
-        else 1
-        if isinstance(kind, LatentAttention)
-        else kind.key_heads
-        for kind in shape.attention
-    ]
-
-    def divides(tensor: int) -> bool:
-        return all(h % tensor == 0 for h in heads) and all(
-            k % tensor == 0 or tensor % k == 0 for k in keys
-        )
-
-    if not divides(layout.tensor):
-        fitting = [n for n in range(1, max(heads) + 1) if divides(n)]
+    """vLLM cuts whole heads and blocks, and gives each GPU the same number of experts."""
+    if not _cuts_evenly(shape, layout.tensor):
+        fitting = [n for n in range(1, _most_heads(shape) + 1) if _cuts_evenly(shape, n)]
         return Refusal(
             Reason.LAYOUT,
-            f"{layout.tensor} GPUs cannot share heads evenly",
+            f"{layout.tensor} GPUs cannot share heads and widths evenly",
             f"tensor may be {', '.join(map(str, fitting))}",
         )
     experts = shape.experts
@@ -304,21 +291,59 @@ def _layout_refusal(shape: ModelShape, layout: Layout) -> Refusal | None:
         if layout.expert_parallel:
             return Refusal(Reason.LAYOUT, "the model has no experts", "expert must be 1")
         return None
-    slots = experts.count + layout.redundant_experts
-    if layout.expert_parallel and slots % layout.expert:
-        nearest = layout.redundant_experts + (-slots) % layout.expert
-        return Refusal(
-            Reason.LAYOUT,
-            f"{slots} experts do not divide over {layout.expert} GPUs",
-            f"{nearest} redundant experts do"
-            if experts.balanceable
-            else "vLLM cannot copy experts of this model: take a divisor of them",
-        )
     if layout.redundant_experts and not experts.balanceable:
         return Refusal(
             Reason.LAYOUT, "vLLM cannot copy experts of this model", "redundant_experts must be 0"
         )
-    return None
+    if not layout.expert_parallel:
+        step = SMALLEST_FP8_BLOCK if _fp8_by_blocks(shape) else 1
+        if layout.world_size == 1 or experts.width % (layout.world_size * step) == 0:
+            return None
+        return Refusal(
+            Reason.LAYOUT,
+            f"experts {experts.width} wide cannot be cut over {layout.world_size} GPUs",
+            f"they can be whole on them: expert may be {layout.world_size}",
+        )
+    slots = experts.count + layout.redundant_experts
+    if slots % layout.expert == 0:
+        return None
+    nearest = layout.redundant_experts + (-slots) % layout.expert
+    return Refusal(
+        Reason.LAYOUT,
+        f"{slots} experts do not divide over {layout.expert} GPUs",
+        f"with {nearest} redundant experts they do"
+        if experts.balanceable
+        else f"vLLM cannot copy experts of this model: take a divisor of {experts.count}",
+    )
+
+
+def _cuts_evenly(shape: ModelShape, tensor: int) -> bool:
+    widths = shape.dense_width, shape.experts.shared_width if shape.experts is not None else 0
+    if any(width % tensor for width in widths):
+        return False
+    for kind in shape.attention:
+        if isinstance(kind, FullAttention):
+            keys = kind.kv_heads
+            if kind.heads % tensor or (keys % tensor and tensor % keys):
+                return False
+        elif isinstance(kind, LatentAttention):
+            if kind.heads % tensor:
+                return False
+        elif kind.value_heads % tensor or kind.key_heads % tensor:
+            return False
+    return True
+
+
+def _most_heads(shape: ModelShape) -> int:
+    return max(
+        kind.heads if isinstance(kind, FullAttention | LatentAttention) else kind.value_heads
+        for kind in shape.attention
+    )
+
+
+def _fp8_by_blocks(shape: ModelShape) -> bool:
+    scale = shape.quantisation.expert_scale_bytes_per_element
+    return shape.quantisation.experts is Dtype.FP8 and scale == FP8_BLOCK_SCALE_BYTES
 
 
 def _activation_bytes(

@@ -85,10 +85,7 @@ def attention_layer(hidden: int, kind: Attention) -> int:
 def _full_attention(hidden: int, kind: FullAttention) -> int:
     query_width = kind.heads * kind.head_dim
     output_width = kind.heads * kind.value_dim
-    if kind.q_lora_rank:
-        query = kind.q_lora_rank * (hidden + query_width)
-    else:
-        query = hidden * query_width
+    query = _factored(hidden, query_width, kind.q_lora_rank)
     key_value = hidden * kind.kv_heads * kind.head_dim
     if not kind.values_are_keys:
         key_value += hidden * kind.kv_heads * kind.value_dim
@@ -99,13 +96,15 @@ def _full_attention(hidden: int, kind: FullAttention) -> int:
     return query + key_value + output + (hidden * output_width if kind.gated else 0)
 
 
+def _factored(inputs: int, outputs: int, rank: int) -> int:
+    """Elements of a projection, in two parts when there is a rank."""
+    return rank * (inputs + outputs) if rank else inputs * outputs
+
+
 def _latent_attention(hidden: int, kind: LatentAttention) -> int:
     query_width = kind.heads * (kind.nope_head_dim + kind.rope_head_dim)
     output_width = kind.heads * kind.v_head_dim
-    if kind.q_lora_rank:
-        query = kind.q_lora_rank * (hidden + query_width)
-    else:
-        query = hidden * query_width
+    query = _factored(hidden, query_width, kind.q_lora_rank)
     latent = hidden * (kind.kv_lora_rank + kind.rope_head_dim)
     key_value = kind.kv_lora_rank * kind.heads * (kind.nope_head_dim + kind.v_head_dim)
     gate = hidden * output_width if kind.gated else 0
@@ -138,13 +137,33 @@ def prediction_parameters(shape: ModelShape) -> int:
 def checkpoint_bytes(shape: ModelShape) -> float:
     """Of the weights as they are stored, without the layers of multi-token prediction."""
     count = parameters(shape)
-    quantisation = shape.quantisation
-    one_expert = quantisation.experts.bytes_per_element
-    one_other = quantisation.others.bytes_per_element
     others = count.attention + count.dense + count.shared
-    plain = max(Dtype.BF16.bytes_per_element, one_other)
     return (
-        count.experts * (one_expert + quantisation.expert_scale_bytes_per_element)
-        + others * (one_other + quantisation.other_scale_bytes_per_element)
-        + (count.embeddings + count.other) * plain
+        count.experts * _expert_bytes(shape)
+        + others * _other_bytes(shape)
+        + (count.embeddings + count.other) * _plain_bytes(shape)
     )
+
+
+def prediction_bytes(shape: ModelShape) -> float:
+    """Of the layers of multi-token prediction as they are stored, with a copy of the tables."""
+    if not shape.prediction_layers:
+        return 0.0
+    each = _expert_bytes(shape) if shape.experts is not None else _other_bytes(shape)
+    tables = 0 if shape.tied_embeddings else 2 * shape.vocab * shape.hidden
+    return prediction_parameters(shape) * each + tables * _plain_bytes(shape)
+
+
+def _expert_bytes(shape: ModelShape) -> float:
+    stored = shape.quantisation
+    return stored.experts.bytes_per_element + stored.expert_scale_bytes_per_element
+
+
+def _other_bytes(shape: ModelShape) -> float:
+    stored = shape.quantisation
+    return stored.others.bytes_per_element + stored.other_scale_bytes_per_element
+
+
+def _plain_bytes(shape: ModelShape) -> float:
+    """Of what is never quantised."""
+    return max(Dtype.BF16.bytes_per_element, shape.quantisation.others.bytes_per_element)

@@ -1,7 +1,8 @@
 """What a group delivers: tokens a second and latencies, by batch and by target."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from expertmesh.core.domain.accelerator import Accelerator
 from expertmesh.core.domain.model_shape import Dtype, ModelShape
@@ -9,6 +10,7 @@ from expertmesh.core.perf.efficiency import Efficiency
 from expertmesh.core.perf.fabric import Fabric
 from expertmesh.core.perf.layout import Layout
 from expertmesh.core.perf.step_time import StepTime, decode_step, prefill_step
+from expertmesh.core.perf.work import Model
 
 LARGEST_BATCH = 16384
 PREFILL_TOKENS = 16384
@@ -29,7 +31,12 @@ class Served:
     accepted_per_step: float = 1.0
     """Tokens that a step yields a sequence; above 1 with drafted tokens."""
     skew: float | None = None
+    """As in `decode_step`, like the next one."""
     reached: Efficiency | None = None
+    model: Model = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", Model.of(self.shape, self.layout))
 
     def decode(self, batch_per_rank: float, context: float) -> StepTime:
         return decode_step(
@@ -44,6 +51,7 @@ class Served:
             tokens_per_sequence=self.tokens_per_sequence,
             skew=self.skew,
             reached=self.reached,
+            model=self.model,
         )
 
     def prefill(self, tokens_per_rank: float, context: float) -> StepTime:
@@ -58,6 +66,7 @@ class Served:
             overlap=self.overlap,
             skew=self.skew,
             reached=self.reached,
+            model=self.model,
         )
 
 
@@ -105,16 +114,59 @@ def mixed_rate(
     `tokens_per_s` counts output only.
     """
     step = served.decode(batch_per_rank, prompt + output / 2)
-    prefill_tokens = batch_per_rank * prompt / output * served.accepted_per_step
+    prompts = batch_per_rank * served.accepted_per_step / output  # That a step has to begin.
     chunk = max(1.0, min(step_tokens, batch_per_rank * prompt))
     chunk_step = served.prefill(chunk, prompt)
-    # A chunk rides on a decode step: what the step costs anyway is not paid twice.
-    extra_s = max(0.0, chunk_step.total_s - chunk_step.fixed_s)
-    total_s = step.total_s + extra_s * prefill_tokens / chunk
+    per_token_s = (chunk_step.total_s - chunk_step.fixed_s) / chunk
+    # A step with a prompt in it is prepared anew and not replayed, however short the prompt.
+    unprepared_s = step.fixed_s * min(1.0, prompts)
+    prefill_s = prompts * prompt * per_token_s + unprepared_s
+    total_s = step.total_s + prefill_s
     tpot_s = total_s / served.accepted_per_step
     tokens_per_s = batch_per_rank * served.layout.data / tpot_s
-    limit = step.limit if step.total_s >= total_s / 2 else "prefill"
+    limit = "prefill" if prefill_s > step.total_s else step.limit
     return DecodeRate(batch_per_rank, tpot_s, tokens_per_s, limit)
+
+
+def mixed_ttft_s(
+    served: Served,
+    batch_per_rank: float,
+    prompt: float,
+    output: float,
+    step_tokens: float = PREFILL_TOKENS,
+) -> float:
+    """Mean time to the first token in such a group, once the prompt's turn has come.
+
+    Half a step passes until then; each chunk shares its step with the others' tokens.
+    """
+    chunk = min(prompt, step_tokens)
+    decode_s = served.decode(batch_per_rank, prompt + output / 2).total_s
+    chunk_step = served.prefill(chunk, prompt)
+    chunk_s = decode_s + chunk_step.total_s - chunk_step.fixed_s
+    return decode_s / 2 + chunk_s * prompt / chunk
+
+
+def apart_tokens_per_s(
+    prefill: PrefillRate,
+    decode: DecodeRate,
+    prompt: float,
+    output: float,
+    prefill_groups: int,
+    decode_groups: int,
+) -> float:
+    """Output tokens a second of groups that share the work: what the slower side allows."""
+    return min(
+        prefill_groups * prefill.tokens_per_s * output / prompt,
+        decode_groups * decode.tokens_per_s,
+    )
+
+
+def prefill_groups_for(
+    prefill: PrefillRate, decode: DecodeRate, prompt: float, output: float, decode_groups: int
+) -> int:
+    """Prefill groups that keep so many decode groups busy."""
+    prompt_tokens_per_s = decode_groups * decode.tokens_per_s * prompt / output
+    return math.ceil(prompt_tokens_per_s / prefill.tokens_per_s)
 
 
 def largest_batch(

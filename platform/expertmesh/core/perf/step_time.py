@@ -11,8 +11,8 @@ from expertmesh.core.domain.model_shape import Dtype, ModelShape
 from expertmesh.core.perf.efficiency import Efficiency, efficiency
 from expertmesh.core.perf.fabric import Exchange, Fabric, expected_domains
 from expertmesh.core.perf.layout import Layout
-from expertmesh.core.perf.parameters import Parameters, parameters
 from expertmesh.core.perf.work import (
+    Model,
     Tokens,
     Work,
     attention_work,
@@ -24,6 +24,9 @@ from expertmesh.core.perf.work import (
 OVERLAP_DECODE_TOKENS = 32
 OVERLAP_PREFILL_TOKENS = 512
 """Fewer tokens on a rank are never split into two batches: vLLM's DBO thresholds."""
+HIDDEN_SHARE = 0.5
+"""Of the exchanges of one half, behind the other half: kernels share the GPU, and halves differ in
+length. Full overlap would make splitting twice the gain that SGLang saw (lmsys 2025-05-05)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,19 +75,22 @@ def decode_step(
     tokens_per_sequence: int = 1,
     skew: float | None = None,
     reached: Efficiency | None = None,
+    model: Model | None = None,
 ) -> StepTime:
     """One token for each of `batch_per_rank` sequences of an attention rank.
 
     `context` is the mean of cached tokens a sequence. `tokens_per_sequence` is above 1 when drafted
     tokens are checked; how many of them are accepted is the caller's to apply. With `overlap` a
     batch is split in two when that is faster. `skew` is the load of the busiest GPU's experts over
-    the mean, by experience with the layout unless given; `reached` is the era's efficiency.
+    the mean, by experience with the layout unless given; `reached` is the era's efficiency unless
+    given; `model` is `Model.of(shape, layout)`, for callers who ask often.
     """
     if batch_per_rank <= 0 or context < 0 or tokens_per_sequence < 1:
         raise ValueError(f"no decode step of {batch_per_rank} sequences at context {context}")
     tokens = Tokens(batch_per_rank * tokens_per_sequence, batch_per_rank, context, prefill=False)
     minimum = OVERLAP_DECODE_TOKENS if overlap else None
-    return _step(shape, accelerator, layout, fabric, tokens, kv, minimum, skew, reached)
+    model = model or Model.of(shape, layout)
+    return _step(model, accelerator, fabric, tokens, kv, minimum, skew, reached)
 
 
 def prefill_step(
@@ -99,19 +105,20 @@ def prefill_step(
     overlap: bool = True,
     skew: float | None = None,
     reached: Efficiency | None = None,
+    model: Model | None = None,
 ) -> StepTime:
     """`tokens_per_rank` tokens of prompts of `context` tokens each, on each attention rank."""
     if tokens_per_rank <= 0 or context <= 0:
         raise ValueError(f"no prefill step of {tokens_per_rank} tokens at context {context}")
     tokens = Tokens(tokens_per_rank, tokens_per_rank / context, context, prefill=True)
     minimum = OVERLAP_PREFILL_TOKENS if overlap else None
-    return _step(shape, accelerator, layout, fabric, tokens, kv, minimum, skew, reached)
+    model = model or Model.of(shape, layout)
+    return _step(model, accelerator, fabric, tokens, kv, minimum, skew, reached)
 
 
 def _step(
-    shape: ModelShape,
+    model: Model,
     accelerator: Accelerator,
-    layout: Layout,
     fabric: Fabric,
     tokens: Tokens,
     kv: Dtype,
@@ -120,14 +127,16 @@ def _step(
     reached: Efficiency | None,
 ) -> StepTime:
     reached = reached or efficiency(accelerator.era)
+    layout = model.layout
+    if not fabric.reaches(layout.world_size):
+        raise ValueError(f"{layout.world_size} GPUs of {accelerator.name} cannot reach each other")
     skew = imbalance(layout) if skew is None else skew
-    counts = parameters(shape)
-    whole = _pass(shape, counts, accelerator, layout, fabric, tokens, kv, skew, reached)
+    whole = _pass(model, accelerator, fabric, tokens, kv, skew, reached)
     exchanges = layout.expert_parallel and layout.data > 1 and fabric.exchange is Exchange.DEEP_EP
     if overlap_from is None or not exchanges or tokens.count < overlap_from:
         return whole
     half_tokens = Tokens(tokens.count / 2, tokens.sequences / 2, tokens.context, tokens.prefill)
-    half = _pass(shape, counts, accelerator, layout, fabric, half_tokens, kv, skew, reached)
+    half = _pass(model, accelerator, fabric, half_tokens, kv, skew, reached)
     busy_s = 2 * (half.attention_s + half.experts_s + half.dense_s + half.fixed_s)
     split = StepTime(
         attention_s=2 * half.attention_s,
@@ -135,23 +144,22 @@ def _step(
         dense_s=2 * half.dense_s,
         network_s=2 * half.network_s,
         fixed_s=2 * half.fixed_s,
-        hidden_s=min(busy_s, 2 * half.network_s),
+        hidden_s=HIDDEN_SHARE * min(busy_s, 2 * half.network_s),
         memory_bound_s=2 * half.memory_bound_s,
     )
     return min(whole, split, key=lambda step: step.total_s)
 
 
 def _pass(
-    shape: ModelShape,
-    counts: Parameters,
+    model: Model,
     accelerator: Accelerator,
-    layout: Layout,
     fabric: Fabric,
     tokens: Tokens,
     kv: Dtype,
     skew: float,
     reached: Efficiency,
 ) -> StepTime:
+    shape = model.shape
     others = _peak(accelerator, shape.quantisation.others)
     experts = _peak(accelerator, shape.quantisation.experts)
     cache = _peak(accelerator, kv)
@@ -160,16 +168,16 @@ def _pass(
     parts = [
         _roofline(work, weights_rate, plain, peak * reached.compute, cache * reached.compute)
         for work, weights_rate, peak in (
-            (attention_work(shape, counts, layout, tokens, kv), plain, others),
-            (expert_work(shape, layout, tokens, skew), bandwidth * reached.experts_memory, experts),
-            (dense_work(shape, counts, layout, tokens), plain, others),
+            (attention_work(model, tokens, kv), plain, others),
+            (expert_work(model, tokens, skew), bandwidth * reached.experts_memory, experts),
+            (dense_work(model, tokens), plain, others),
         )
     ]
     return StepTime(
         attention_s=parts[0][0],
         experts_s=parts[1][0],
         dense_s=parts[2][0],
-        network_s=_network_s(shape, accelerator, layout, fabric, tokens, skew),
+        network_s=_network_s(shape, accelerator, model.layout, fabric, tokens, skew),
         fixed_s=reached.fixed_s_per_layer * shape.layers
         + reached.fixed_s_per_sequence * tokens.sequences,
         hidden_s=0.0,

@@ -45,7 +45,9 @@ class Weights:
 
 
 def weights(shape: ModelShape, layout: Layout) -> Weights:
-    """Off by what a checkpoint adds in small things: V3 over 16 GPUs takes 40.32 GiB by vLLM's log
+    """Without the layers of multi-token prediction, which vLLM loads only to speculate.
+
+    Off by what a checkpoint adds in small things: V3 over 16 GPUs takes 40.32 GiB by vLLM's log
     (vllm#16692) and 0.1 % less here."""
     tensor = layout.tensor
     quantisation = shape.quantisation

@@ -1,17 +1,18 @@
 """What one GPU of a group reads and computes in one step, before any efficiency."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from expertmesh.core.domain.model_shape import (
     Attention,
     Dtype,
-    Experts,
     LatentAttention,
     LinearAttention,
     ModelShape,
 )
 from expertmesh.core.perf.layout import Layout
-from expertmesh.core.perf.parameters import Parameters, expert
+from expertmesh.core.perf.parameters import Parameters, expert, parameters
+from expertmesh.core.perf.weights import Weights, weights
 
 SPARSE_TOKENS = 2048
 """That sparse attention (DSA) reads of a context; its indexer scores all of them."""
@@ -52,7 +53,7 @@ class Tokens:
 
 
 def coverage(experts: int, per_token: int, tokens: float) -> float:
-    """Expected share of `experts` that any of `tokens` picks: `1 − (1 − k/E)^tokens`."""
+    """Expected share of `experts` that any of `tokens` picks: `1 - (1 - k/E)^tokens`."""
     if per_token >= experts:
         return 1.0
     # A step of less than one token is a mean over steps: linear between none and one.
@@ -69,9 +70,23 @@ def imbalance(layout: Layout) -> float:
     return 1 + skew * (layout.expert - 1).bit_length()
 
 
-def attention_work(
-    shape: ModelShape, counts: Parameters, layout: Layout, tokens: Tokens, kv: Dtype
-) -> Work:
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A shape and what a layout makes of it: worked out once, used for many steps."""
+
+    shape: ModelShape
+    layout: Layout
+    counts: Parameters
+    held: Weights
+    """On one GPU."""
+
+    @classmethod
+    def of(cls, shape: ModelShape, layout: Layout) -> Self:
+        return cls(shape, layout, parameters(shape), weights(shape, layout))
+
+
+def attention_work(model: Model, tokens: Tokens, kv: Dtype) -> Work:
+    shape, layout = model.shape, model.layout
     reads = flops = 0.0
     for kind in shape.attention:
         layer_reads, layer_flops = _cache_work(kind, layout, tokens, kv)
@@ -79,59 +94,51 @@ def attention_work(
         flops += layer_flops * kind.layers
     activations = tokens.count * shape.hidden * _ACTIVATION_BYTES * shape.layers
     return Work(
-        weight_bytes=counts.attention / layout.tensor * _other_bytes(shape),
+        weight_bytes=model.held.attention,
         other_bytes=reads + activations,
-        flops=2 * counts.attention / layout.tensor * tokens.count,
+        flops=2 * model.counts.attention / layout.tensor * tokens.count,
         attention_flops=flops,
     )
 
 
-def dense_work(shape: ModelShape, counts: Parameters, layout: Layout, tokens: Tokens) -> Work:
+def dense_work(model: Model, tokens: Tokens) -> Work:
     """Of dense layers, shared experts and the output head."""
-    weights = (counts.dense + counts.shared) / layout.tensor
-    head = (counts.embeddings - counts.input_embeddings) / layout.tensor
+    counts, held, tensor = model.counts, model.held, model.layout.tensor
+    head = (counts.embeddings - counts.input_embeddings) / tensor
+    head_bytes = held.embeddings * (1 - counts.input_embeddings / counts.embeddings)
     return Work(
-        weight_bytes=weights * _other_bytes(shape) + head * Dtype.BF16.bytes_per_element,
-        flops=2 * weights * tokens.count + 2 * head * tokens.sequences,
+        weight_bytes=held.dense + held.shared + head_bytes,
+        flops=2 * (counts.dense + counts.shared) / tensor * tokens.count
+        + 2 * head * tokens.sequences,
     )
 
 
-def expert_work(shape: ModelShape, layout: Layout, tokens: Tokens, skew: float) -> Work:
+def expert_work(model: Model, tokens: Tokens, skew: float) -> Work:
     """Of routed experts, on the GPU that has `skew` times the mean to do.
 
     Its experts are read no more often for that: favourites of all tokens leave more of the others
     unread (50 to 60 % are hit by 32 tokens where even routing hits 64 %), on every GPU.
     """
-    experts = shape.experts
+    layout, experts = model.layout, model.shape.experts
     if experts is None:
         return Work()
     group_tokens = tokens.count * layout.data
-    elements = expert(shape.hidden, experts)
-    slots = layout.expert_slots(experts.count)
+    cut = 1 if layout.expert_parallel else layout.world_size
+    elements = expert(model.shape.hidden, experts) / cut
     hit = coverage(experts.count + layout.redundant_experts, experts.per_token, group_tokens)
-    hits = slots * hit
+    hits = layout.expert_slots(experts.count) * hit
     rows = group_tokens * experts.per_token / layout.expert * skew
-    cut = layout.world_size if layout.expert == 1 else 1
-    quantisation = shape.quantisation
-    element_bytes = (
-        quantisation.experts.bytes_per_element + quantisation.expert_scale_bytes_per_element
-    )
-    width = experts.latent or shape.hidden
+    width = experts.latent or model.shape.hidden
     return Work(
-        weight_bytes=hits * elements / cut * element_bytes * experts.layers,
+        weight_bytes=model.held.experts * hit,
         # Received, permuted, quantised, multiplied, activated, multiplied, gathered.
         other_bytes=rows * (8 * width + 10 * experts.width / cut) * experts.layers,
-        flops=2 * max(rows, hits * TILE_ROWS) * elements / cut * experts.layers,
+        flops=2 * max(rows, hits * TILE_ROWS) * elements * experts.layers,
     )
 
 
 # Norms, residuals and quantisation around one layer, in bytes per hidden element.
 _ACTIVATION_BYTES = 20.0
-
-
-def _other_bytes(shape: ModelShape) -> float:
-    quantisation = shape.quantisation
-    return quantisation.others.bytes_per_element + quantisation.other_scale_bytes_per_element
 
 
 def _cache_work(kind: Attention, layout: Layout, tokens: Tokens, kv: Dtype) -> tuple[float, float]:

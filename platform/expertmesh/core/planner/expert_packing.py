@@ -67,11 +67,14 @@ class Packing:
         return sum([shares[expert] for expert in rank])
 
 
-def pack(weights: Sequence[float], ranks: int, slots: int, trials: int) -> Packing:
-    """Never heavier than `greedy`; no expert twice on a rank unless that is what it takes.
+def pack(
+    weights: Sequence[float], ranks: int, slots: int, trials: int, allowed: float = 0.0
+) -> Packing:
+    """Never heavier than `greedy` (or than `allowed`, if that is more).
 
-    Names do not matter: of two experts of one weight either may get the other's place. At most
-    `trials` numbers of replicas are tried, which bounds the time; with 0 it is the greedy start.
+    No expert is twice on a rank unless that is what it takes. Names do not matter: of two experts
+    of one weight either may get the other's place. At most `trials` numbers of replicas are tried,
+    which bounds the time; with 0 it is the greedy start.
     """
     published = greedy(weights, ranks, slots)
     if trials < 1:
@@ -82,7 +85,7 @@ def pack(weights: Sequence[float], ranks: int, slots: int, trials: int) -> Packi
     bound = max(sum(falling) / ranks, _largest_share(falling, counts))
     target = min(bound * _CLOSE, max(bound, published.heaviest))
     best = _lightest(falling, counts, ranks, slots, target, trials)
-    if best.heaviest * _LESS > published.heaviest:
+    if best.heaviest * _LESS > max(published.heaviest, allowed):
         improve(published, target)
         return published
     return Packing(weights, [[order[expert] for expert in rank] for rank in best.ranks])

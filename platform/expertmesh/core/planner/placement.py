@@ -145,7 +145,7 @@ def _place_layer(loads: Sequence[float], ranks: Ranks, trials: int) -> list[list
     published = on_nodes(greedy(sums, ranks.nodes, groups_per_node))
     limit = heaviest([greedy([loads[e] for e in node], per_node, slots) for node in published])
     for nodes in (on_nodes(pack(sums, ranks.nodes, groups_per_node, trials)), published):
-        packed = [pack([loads[e] for e in node], per_node, slots, trials) for node in nodes]
+        packed = [pack([loads[e] for e in node], per_node, slots, trials, limit) for node in nodes]
         if heaviest(packed) <= limit * (1.0 + 1e-12):
             break
     return [

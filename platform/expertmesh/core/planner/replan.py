@@ -207,23 +207,23 @@ def _as_near_as_possible(wanted: ByRank, held: ByRank, ranks: Ranks) -> ByRank:
 def _matched(held: ByRank, wanted: ByRank) -> list[int]:
     """For each place the index of what goes there: the pairs with most in common first."""
     places: dict[int, list[int]] = {}
-    for place, experts in enumerate(held):
+    for position, experts in enumerate(held):
         for expert in experts:
-            places.setdefault(expert, []).append(place)
+            places.setdefault(expert, []).append(position)
     common: Counter[tuple[int, int]] = Counter(
-        (place, index)
+        (position, index)
         for index, experts in enumerate(wanted)
         for expert in experts
-        for place in places.get(expert, ())
+        for position in places.get(expert, ())
     )
     match: dict[int, int] = {}
     taken: set[int] = set()
-    for place, index in sorted(common, key=lambda pair: (-common[pair], pair)):
-        if place not in match and index not in taken:
-            match[place] = index
+    for position, index in sorted(common, key=lambda pair: (-common[pair], pair)):
+        if position not in match and index not in taken:
+            match[position] = index
             taken.add(index)
     left = iter([index for index in range(len(wanted)) if index not in taken])
-    return [match[place] if place in match else next(left) for place in range(len(held))]
+    return [match[i] if i in match else next(left) for i in range(len(held))]
 
 
 def _in_their_slots(held: ByRank, wanted: ByRank) -> tuple[int, ...]:

@@ -1,0 +1,474 @@
+"""The best plan for a model in a pool: every candidate is rated, and the objective picks one."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from math import isfinite
+
+from expertmesh.core.perf.efficiency import Efficiency, Range, efficiency
+from expertmesh.core.perf.energy import energy
+from expertmesh.core.perf.memory import widened
+from expertmesh.core.planner.availability import availability, groups_for
+from expertmesh.core.planner.candidates import (
+    LARGEST_GROUP_GPUS,
+    Candidate,
+    Constraint,
+    Role,
+    RuledOut,
+    candidates,
+)
+from expertmesh.core.planner.plan import GroupPlan, NoPlan, Plan, RunnerUp
+from expertmesh.core.planner.question import GpuPool, Objective, Question, Serving, Targets
+from expertmesh.core.planner.rating import Rated, memory_of, rate
+
+EQUAL_SHARE = 0.03
+"""Prices that differ by less are equal: predictions are not that good, and less is lost with a
+smaller group."""
+RUNNERS_UP = 5
+_SIZES_APART = 8
+"""Most groups that decode, and most kinds of groups to combine."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """Groups that serve together, with their counts."""
+
+    parts: tuple[tuple[Rated, int], ...]
+    spare_groups: int
+    tokens_per_s: float
+    users: int
+    usd_per_hour: float
+
+    @property
+    def rated(self) -> Rated:
+        return self.parts[-1][0]
+
+    @property
+    def gpus(self) -> int:
+        return sum(rated.gpus * count for rated, count in self.parts)
+
+    @property
+    def largest_group(self) -> int:
+        return max(rated.gpus for rated, _ in self.parts)
+
+    @property
+    def serving(self) -> Serving:
+        return Serving.TOGETHER if len(self.parts) == 1 else Serving.APART
+
+    @property
+    def usd_per_mtok(self) -> float:
+        return self.usd_per_hour / 3600 / self.tokens_per_s * 1e6
+
+    @property
+    def gpu_s_per_token(self) -> float:
+        """Orders as price does, also where GPUs cost nothing."""
+        return self.gpus / self.tokens_per_s
+
+    @property
+    def name(self) -> str:
+        named = (
+            (f"{count} x " if count > 1 else "") + str(rated.candidate)
+            for rated, count in self.parts
+        )
+        return " and ".join(named)
+
+
+def search(question: Question, pool: GpuPool) -> Plan | NoPlan:
+    """Rates every candidate of every checkpoint; pure and deterministic."""
+    refused = _nonsense(question, pool)
+    if refused is not None:
+        return refused
+    targets = question.targets
+    ruled_out: list[RuledOut] = []
+    together: list[Rated] = []
+    options: list[_Option] = []
+    considered = 0
+    for checkpoint in question.checkpoints:
+        rated: dict[Role, list[Rated]] = {role: [] for role in Role}
+        for role in Role:
+            for candidate in candidates(checkpoint, pool, targets, role, question.kv):
+                considered += 1
+                if isinstance(candidate, Candidate):
+                    outcome = rate(candidate, pool, targets, question.kv)
+                else:
+                    outcome = candidate
+                if isinstance(outcome, RuledOut):
+                    ruled_out.append(outcome)
+                else:
+                    rated[role].append(outcome)
+        together += rated[Role.BOTH]
+        options += _apart(rated[Role.PREFILL], rated[Role.DECODE], pool, targets)
+    for found in together:
+        option = _together(found, pool, targets)
+        if isinstance(option, RuledOut):
+            ruled_out.append(option)
+        else:
+            options.append(option)
+    allowed = [option for option in options if option.serving in question.serving]
+    if not allowed:
+        return _no_plan(question, pool, options, ruled_out, considered)
+    winner = _best(allowed, question.objective)
+    return _plan(question, pool, winner, allowed, options, ruled_out, considered)
+
+
+def _nonsense(question: Question, pool: GpuPool) -> NoPlan | None:
+    targets = question.targets
+
+    def refuse(constraint: Constraint, problem: str, nearest: str) -> NoPlan:
+        return NoPlan(pool, targets, constraint, problem, (nearest,))
+
+    price = pool.usd_per_gpu_hour
+    if not (isfinite(price) and price >= 0):
+        return refuse(
+            Constraint.PRICE, f"pool {pool.name}: a price of {price:g} $/h", "write 0 or more"
+        )
+    if pool.gpus_per_node < 1 or pool.max_nodes < 1:
+        return refuse(Constraint.ROOM, f"pool {pool.name} has no GPUs", "give it a node with one")
+    if pool.accelerator.memory_bytes <= 0 or pool.accelerator.memory_bytes_per_s <= 0:
+        return refuse(
+            Constraint.MEMORY,
+            f"{pool.accelerator.name} has no memory or no bandwidth",
+            "write what software can use of it, as in catalog/accelerators.yaml",
+        )
+    counts = (targets.input_tokens, targets.output_tokens, targets.context_tokens)
+    if min(counts) < 1 or (targets.users is not None and targets.users < 1):
+        return refuse(
+            Constraint.TARGETS, "a request has at least one token in and one out", "write 1 or more"
+        )
+    if not (0 < targets.ttft_s < float("inf") and 0 < targets.tpot_s < float("inf")):
+        return refuse(
+            Constraint.TARGETS,
+            f"TTFT {targets.ttft_s:g} s and TPOT {targets.tpot_s:g} s are no targets",
+            "write seconds above 0",
+        )
+    if targets.spare_groups < 0:
+        return refuse(Constraint.TARGETS, "fewer than no spare groups", "write 0 or more")
+    for checkpoint in question.checkpoints:
+        longest = checkpoint.shape.max_position_embeddings
+        if targets.context_tokens > longest > 0:
+            return refuse(
+                Constraint.CONTEXT,
+                f"a context of {targets.context_tokens:,} tokens is beyond the model's "
+                f"{longest:,} ({checkpoint.source})",
+                f"{longest:,} is possible",
+            )
+    length = targets.input_tokens + targets.output_tokens
+    if length > targets.context_tokens:
+        return refuse(
+            Constraint.CONTEXT,
+            f"a request of {targets.input_tokens:,} + {targets.output_tokens:,} tokens does not "
+            f"fit in a context of {targets.context_tokens:,}",
+            f"a context of {length:,}, or shorter requests",
+        )
+    return None
+
+
+def _together(rated: Rated, pool: GpuPool, targets: Targets) -> _Option | RuledOut:
+    groups = groups_for(targets.users, rated.users, targets.spare_groups)
+    if groups * rated.gpus > pool.max_gpus:
+        return RuledOut(
+            rated.candidate,
+            Constraint.ROOM,
+            f"{groups} groups of {rated.gpus} GPUs; the pool has {pool.max_gpus}",
+            f"{pool.max_gpus // rated.gpus} groups, for "
+            f"{max(0, pool.max_gpus // rated.gpus - targets.spare_groups) * rated.users:,} users",
+            missing=groups * rated.gpus - pool.max_gpus,
+        )
+    full = (groups - targets.spare_groups) * rated.users
+    users = full if targets.users is None else targets.users
+    return _Option(
+        parts=((rated, groups),),
+        spare_groups=targets.spare_groups,
+        tokens_per_s=users * rated.tokens_per_s / rated.users,
+        users=users,
+        usd_per_hour=groups * rated.gpus * pool.usd_per_gpu_hour,
+    )
+
+
+def _apart(
+    prefill: list[Rated], decode: list[Rated], pool: GpuPool, targets: Targets
+) -> Iterator[_Option]:
+    """The cheapest groups of both kinds, as many of each as keep the other busy."""
+    prompts = targets.input_tokens / targets.output_tokens
+    for writer in _most_efficient(decode):
+        for reader in _most_efficient(prefill):
+            option = _ratio(reader, writer, prompts, pool, targets)
+            if option is not None:
+                yield option
+
+
+def _most_efficient(rated: Iterable[Rated]) -> list[Rated]:
+    return sorted(rated, key=lambda found: found.gpus / found.tokens_per_s)[:_SIZES_APART]
+
+
+def _ratio(
+    reader: Rated, writer: Rated, prompts: float, pool: GpuPool, targets: Targets
+) -> _Option | None:
+    best: _Option | None = None
+    counts: Iterable[int] = range(1, _SIZES_APART + 1)
+    if targets.users is not None:
+        counts = (groups_for(targets.users, writer.users, 0),)
+    for writers in counts:
+        users = writers * writer.users if targets.users is None else targets.users
+        tokens_per_s = users * writer.tokens_per_s / writer.users
+        readers = -int(-tokens_per_s * prompts // reader.tokens_per_s)
+        spare = targets.spare_groups
+        gpus = (writers + spare) * writer.gpus + (readers + spare) * reader.gpus
+        if gpus > pool.max_gpus:
+            break
+        option = _Option(
+            parts=((reader, readers + spare), (writer, writers + spare)),
+            spare_groups=spare,
+            tokens_per_s=tokens_per_s,
+            users=users,
+            usd_per_hour=gpus * pool.usd_per_gpu_hour,
+        )
+        if best is None or option.gpu_s_per_token < best.gpu_s_per_token:
+            best = option
+    return best
+
+
+def _best(options: list[_Option], objective: Objective) -> _Option:
+    if objective is not Objective.CHEAPEST:
+        return min(options, key=_order(objective))
+    least = min(option.gpu_s_per_token for option in options)
+    equal = [o for o in options if o.gpu_s_per_token <= least * (1 + EQUAL_SHARE)]
+    return min(equal, key=lambda option: (option.largest_group, option.gpu_s_per_token))
+
+
+def _plan(
+    question: Question,
+    pool: GpuPool,
+    winner: _Option,
+    allowed: list[_Option],
+    options: list[_Option],
+    ruled_out: list[RuledOut],
+    considered: int,
+) -> Plan:
+    reached = efficiency(pool.accelerator.era)
+    tokens = reached.rate(winner.tokens_per_s)
+    largest = max(winner.parts, key=lambda part: part[0].gpus)[0]
+    shape = winner.rated.candidate.checkpoint.shape
+    spread = widened(shape, pool.accelerator)
+    return Plan(
+        pool=pool,
+        checkpoint=winner.rated.candidate.checkpoint,
+        targets=question.targets,
+        objective=question.objective,
+        serving=winner.serving,
+        groups=tuple(_group(rated, n, pool, reached) for rated, n in winner.parts),
+        users=winner.users,
+        tokens_per_s=tokens,
+        usd_per_hour=winner.usd_per_hour,
+        usd_per_mtok=_usd_per_mtok(winner.usd_per_hour, tokens),
+        energy=energy(pool.accelerator, winner.gpus, winner.tokens_per_s),
+        availability=availability(
+            sum(count for _, count in winner.parts), largest.gpus, winner.spare_groups
+        ),
+        why=_why(winner, allowed, question.objective),
+        notes=(spread,) if spread else (),
+        runners_up=_runners_up(winner, options, question),
+        ruled_out=_nearest_of_each(ruled_out),
+        considered=considered,
+    )
+
+
+def _usd_per_mtok(usd_per_hour: float, tokens: Range) -> Range:
+    usd_per_mega_s = usd_per_hour / 3600 * 1e6
+    return Range(
+        low=usd_per_mega_s / tokens.high,
+        expected=usd_per_mega_s / tokens.expected,
+        high=usd_per_mega_s / tokens.low,
+    )
+
+
+def _group(rated: Rated, count: int, pool: GpuPool, reached: Efficiency) -> GroupPlan:
+    layout, memory = rated.candidate.layout, rated.memory
+    prefill = rated.candidate.role is Role.PREFILL
+    return GroupPlan(
+        role=rated.candidate.role,
+        count=count,
+        layout=layout,
+        backend=rated.candidate.backend,
+        nodes=layout.nodes(pool.gpus_per_node),
+        memory=memory,
+        kv_tokens=memory.kv_tokens * layout.data,
+        max_concurrency=memory.max_sequences(memory.context_tokens) * layout.data,
+        batch_per_rank=rated.batch_per_rank,
+        users=0 if prefill else rated.users,
+        tokens_per_s=reached.rate(rated.tokens_per_s),
+        tpot_s=reached.time(rated.tpot_s),
+        ttft_s=reached.time(rated.ttft_s),
+        limit=rated.limit,
+        time_limit=rated.time_limit,
+        usd_per_hour=rated.gpus * pool.usd_per_gpu_hour,
+    )
+
+
+def _why(winner: _Option, options: list[_Option], objective: Objective) -> str:
+    met = f"{len(options)} ways meet the targets"
+    if objective is Objective.SMALLEST:
+        return f"{met}; none needs fewer than {winner.gpus} GPUs"
+    if objective is Objective.FASTEST:
+        lone_ms = winner.rated.lone_tpot_s * 1000
+        return f"{met}; none is faster for a user alone than {lone_ms:.1f} ms a token"
+    least = min(option.gpu_s_per_token for option in options)
+    if winner.gpu_s_per_token > least:
+        more = winner.gpu_s_per_token / least - 1
+        return (
+            f"{met}; the cheapest ones differ by {more:.1%}, less than predictions are good for, "
+            "so the smallest groups win: less is lost with one"
+        )
+    return f"{met}; this one costs least for a token of output"
+
+
+def _runners_up(
+    winner: _Option, options: list[_Option], question: Question
+) -> tuple[RunnerUp, ...]:
+    """The best of each other layout, size or format, in the order of the objective."""
+    best: dict[tuple[object, ...], _Option] = {_kind(winner): winner}
+    for option in options:
+        known = best.get(_kind(option))
+        if known is None or (
+            known is not winner
+            and _order(question.objective)(option) < _order(question.objective)(known)
+        ):
+            best[_kind(option)] = option
+    rest = sorted((o for o in best.values() if o is not winner), key=_order(question.objective))
+    return tuple(_runner_up(winner, option, question) for option in rest[:RUNNERS_UP])
+
+
+def _kind(option: _Option) -> tuple[object, ...]:
+    """Options of one kind differ in little; apart from the winner one of each is worth showing."""
+    if option.serving is Serving.APART:
+        return (Serving.APART,)
+    candidate = option.rated.candidate
+    return (candidate.checkpoint.source, option.rated.gpus, candidate.layout.expert_parallel)
+
+
+def _order(objective: Objective) -> Callable[[_Option], tuple[float, ...]]:
+    if objective is Objective.SMALLEST:
+        return lambda option: (option.gpus, option.gpu_s_per_token)
+    if objective is Objective.FASTEST:
+        return lambda option: (option.rated.lone_tpot_s, option.gpu_s_per_token)
+    return lambda option: (option.gpu_s_per_token, option.gpus)
+
+
+def _runner_up(winner: _Option, option: _Option, question: Question) -> RunnerUp:
+    more = option.gpu_s_per_token / winner.gpu_s_per_token - 1
+    if option.serving not in question.serving:
+        constraint, why = Constraint.SERVING, "ExpertMesh does not start such groups"
+    elif question.objective is Objective.SMALLEST and option.gpus > winner.gpus:
+        constraint, why = Constraint.SIZE, f"{option.gpus - winner.gpus} GPUs more"
+    elif question.objective is Objective.FASTEST:
+        constraint = Constraint.SPEED
+        why = f"{option.rated.lone_tpot_s * 1000:.1f} ms a token for a user alone"
+    elif more <= EQUAL_SHARE and option.largest_group >= winner.largest_group:
+        constraint, why = Constraint.SIZE, "as cheap, and no smaller"
+    else:
+        constraint, why = Constraint.PRICE, f"{more:+.0%} a token"
+    why = f"{why}; bound by {option.rated.limit}"
+    return RunnerUp(
+        name=option.name,
+        source=option.rated.candidate.checkpoint.source,
+        serving=option.serving,
+        gpus=option.gpus,
+        users=option.users,
+        usd_per_mtok=option.usd_per_mtok,
+        lone_tpot_s=option.rated.lone_tpot_s,
+        constraint=constraint,
+        why=why,
+    )
+
+
+def _nearest_of_each(ruled_out: Iterable[RuledOut]) -> tuple[RuledOut, ...]:
+    nearest: dict[Constraint, RuledOut] = {}
+    for loser in ruled_out:
+        known = nearest.get(loser.constraint)
+        if known is None or loser.missing < known.missing:
+            nearest[loser.constraint] = loser
+    return tuple(nearest.values())
+
+
+def _no_plan(
+    question: Question,
+    pool: GpuPool,
+    options: list[_Option],
+    ruled_out: list[RuledOut],
+    considered: int,
+) -> NoPlan:
+    targets = question.targets
+    nearest = {loser.constraint: loser for loser in _nearest_of_each(ruled_out)}
+    if not nearest:
+        return NoPlan(
+            pool, targets, Constraint.TARGETS, "no checkpoint was given", ("name a model",)
+        )
+    by_need = (
+        Constraint.ROOM,
+        Constraint.TPOT,
+        Constraint.TTFT,
+        Constraint.MEMORY,
+        *(constraint for constraint in Constraint if constraint in nearest),
+    )
+    constraint = next(c for c in by_need if c in nearest)
+    loser = nearest[constraint]
+    problem = f"{loser.candidate}: {loser.problem}"
+    possible = [loser.possible] if loser.possible else []
+    if constraint is Constraint.MEMORY:
+        problem = (
+            f"does not fit: {loser.missing / 2**30:,.0f} GiB short over {loser.candidate} "
+            f"({loser.problem})"
+        )
+        possible = list(_more_memory(question, pool, ruled_out))
+    elif constraint in (Constraint.TPOT, Constraint.TTFT):
+        best = {c: nearest[c].missing for c in (Constraint.TPOT, Constraint.TTFT) if c in nearest}
+        name = constraint.value.upper()
+        target_s = targets.tpot_s if constraint is Constraint.TPOT else targets.ttft_s
+        problem = (
+            f"no group meets the targets: the best {name} is {best[constraint] * 1000:,.0f} ms "
+            f"({loser.candidate}, one user a rank), the target {target_s * 1000:,.0f} ms"
+        )
+        possible = [f"a {name} of {_rounded_up(best[constraint])} s is possible in this pool"]
+    others = [option for option in options if option.serving not in question.serving]
+    if others:
+        other = _best(others, question.objective)
+        possible.append(f"serving {other.serving} would meet the targets: {other.name}")
+    return NoPlan(
+        pool,
+        targets,
+        constraint,
+        problem,
+        tuple(possible),
+        _nearest_of_each(ruled_out),
+        considered,
+    )
+
+
+def _more_memory(question: Question, pool: GpuPool, ruled_out: list[RuledOut]) -> Iterator[str]:
+    """The smallest larger group that would fit, and the longest context that does."""
+    targets = question.targets
+    longest = 0
+    for loser in ruled_out:
+        if loser.constraint is Constraint.MEMORY:
+            plan = memory_of(loser.candidate, pool.accelerator, targets.context_tokens, question.kv)
+            longest = max(longest, plan.longest_context_tokens)
+    larger = replace(pool, max_nodes=max(1, LARGEST_GROUP_GPUS // pool.gpus_per_node))
+    found: Candidate | None = None
+    for checkpoint in question.checkpoints:
+        for candidate in candidates(checkpoint, larger, targets, Role.BOTH, question.kv):
+            if not isinstance(candidate, Candidate) or (
+                found is not None and candidate.layout.world_size >= found.layout.world_size
+            ):
+                continue
+            if memory_of(candidate, pool.accelerator, targets.context_tokens, question.kv).fits:
+                found = candidate
+    if found is not None:
+        yield f"{found.layout.world_size} GPUs of this kind would hold it ({found})"
+    elif not longest:
+        yield "no number of these GPUs holds it; take a larger kind or a smaller format"
+    if longest:
+        yield f"a context of {longest:,} tokens would fit here"
+
+
+def _rounded_up(seconds: float) -> str:
+    """To two digits, so that it is possible as written."""
+    return f"{seconds * 1.05:.2g}"
