@@ -16,6 +16,7 @@ from rich.console import Console
 from expertmesh.core.planner.expert_load import power_law
 from expertmesh.core.planner.expert_packing import replicate
 from expertmesh.core.planner.placement import (
+    TRIALS,
     Loads,
     Placement,
     Ranks,
@@ -28,7 +29,9 @@ from expertmesh.core.planner.redundancy import memory_bound_rate, redundancy
 from expertmesh.core.planner.replan import replan
 
 EXPERTS = 256
-LAYERS = 58
+LAYERS = 8
+"""Enough for the second digit after the point; the whole table for 58 takes minutes."""
+V3_LAYERS = 58
 V3_EXPERT_BYTES = 44_000_000
 """One expert of DeepSeek-V3 in FP8."""
 _SAME = 1e-9
@@ -243,7 +246,7 @@ def _row(row: Compared) -> Row:
     ranks = row.ranks
     gap = row.bound - row.greedy
     return (
-        f"{ranks.count}" + (f" on {ranks.nodes} nodes" if ranks.hierarchical else ""),
+        _label(ranks),
         f"{ranks.redundant}",
         row.loads,
         f"{row.first:.3f}",
@@ -270,7 +273,7 @@ def moves_figure(layers: int) -> Figure:
             greedy_after = published_greedy(new, ranks)
             current = place(loads, ranks)
             row = [
-                f"{ranks.count}" + (f" on {ranks.nodes} nodes" if ranks.hierarchical else ""),
+                _label(ranks),
                 f"{sigma:g}",
                 f"{balancedness(current, new):.4f}",
                 f"{balancedness(greedy_after, new):.4f}",
@@ -365,7 +368,7 @@ def vllm_figure(layers: int) -> Figure:
             theirs = Placement(len(loads[0]), ranks.count, tuple(map(tuple, slots.tolist())))
             rows.append(
                 (
-                    f"{ranks.count}" + (f" on {ranks.nodes} nodes" if ranks.hierarchical else ""),
+                    _label(ranks),
                     name,
                     f"{balancedness(theirs, loads):.4f}",
                     f"{balancedness(published_greedy(loads, ranks), loads):.4f}",
@@ -377,13 +380,39 @@ def vllm_figure(layers: int) -> Figure:
     )
 
 
+def time_figure(_layers: int) -> Figure:
+    """At the size of DeepSeek-V3."""
+    rows: list[Row] = []
+    for ranks in (Ranks(32, 32), Ranks(32, 32, nodes=4, groups=8), Ranks(72, 32), Ranks(144, 32)):
+        for name, loads in (("zipf 1", zipf(1.0, V3_LAYERS)), ("uniform", uniform(V3_LAYERS))):
+            seconds = [
+                _seconds(lambda r=ranks, of=loads, n=n: place(of, r, n)) for n in (1, TRIALS)
+            ]
+            rows.append((_label(ranks), name, *(f"{value:.2f}" for value in seconds)))
+    return Figure(
+        f"CPU seconds on one core, {V3_LAYERS} layers",
+        ("ranks", "loads", "1 trial", f"{TRIALS} trials"),
+        tuple(rows),
+    )
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def _label(ranks: Ranks) -> str:
+    return f"{ranks.count}" + (f" on {ranks.nodes} nodes" if ranks.hierarchical else "")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--vllm", action="store_true", help="also run vLLM's own policy")
     options = parser.parse_args()
     conditions = Conditions.now()
-    figures: list[Callable[[int], Figure]] = [balance_figure, moves_figure, redundancy_figure]
+    figures = [balance_figure, time_figure, moves_figure, redundancy_figure]
     if options.vllm:
         figures.append(vllm_figure)
     console = Console(width=140)

@@ -62,7 +62,7 @@ def _words(schema: Schema, definitions: dict[str, Schema]) -> str:
     if kind == "array":
         item = _resolved(schema["items"], definitions)
         least = schema.get("minItems", 0)
-        of = "mappings" if "properties" in item else f"{_words(item, definitions)}"
+        of = "mappings" if "properties" in item else _plural(_words(item, definitions))
         return f"list of {of}" + (f", at least {least}" if least else "")
     words = {
         "object": "mapping",
@@ -75,22 +75,29 @@ def _words(schema: Schema, definitions: dict[str, Schema]) -> str:
     if schema.get("format") == "date":
         words = "date"
     bounds = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    limits: list[str] = []
     for bound, sign in bounds.items():
         if bound in schema:
-            words += f" {sign} {schema[bound]:g}"
+            limits.append(f"{sign} {_number(schema[bound])}")
     if "maxLength" in schema:
         words += f" of up to {schema['maxLength']}"
-    return words
+    return " ".join([words, " and ".join(limits)]).strip()
+
+
+def _plural(words: str) -> str:
+    return words.replace("string", "strings", 1)
+
+
+def _number(value: float) -> str:
+    return str(int(value) if value == int(value) else value)
 
 
 def _default(value: Any) -> str:
     if value is None:
         return "none"
-    if isinstance(value, float) and value == int(value):
-        value = int(value)
     if value in ([], {}):
         return "empty"
-    return f"`{value}`" if isinstance(value, str) else str(value)
+    return f"`{value}`" if isinstance(value, str) else _number(value)
 
 
 def sections() -> dict[str, str]:

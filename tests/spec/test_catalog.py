@@ -172,6 +172,7 @@ def test_glm_5_3_shares_most_of_its_indexers() -> None:
         ("deepseek-ai/DeepSeek-V4-Pro", Dtype.FP4, Dtype.FP8, 849.8),
         ("sgl-project/DeepSeek-V4-Pro-FP8", Dtype.FP8, Dtype.FP8, 1575.5),
         ("moonshotai/Kimi-K2.5", Dtype.INT4, Dtype.BF16, 595.1),
+        ("moonshotai/Kimi-K2-Thinking", Dtype.INT4, Dtype.BF16, 594.2),
         ("moonshotai/Kimi-K3", Dtype.FP4, Dtype.BF16, 1560.7),
         ("nvidia/Kimi-K2.6-NVFP4", Dtype.FP4, Dtype.BF16, 595.1),
         ("nvidia/Qwen3-235B-A22B-NVFP4", Dtype.FP4, Dtype.FP4, 134.1),

@@ -49,7 +49,6 @@ class _Family:
     biased_experts: bool = False
     shared_gate: bool = False
     """The shared expert has a gate of its own."""
-    norms_per_layer: int = 2
 
 
 _FAMILIES: dict[str, _Family] = {
@@ -128,7 +127,7 @@ def read_shape(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
     experts = _experts(reader, family, layers)
     dense_layers = layers - (experts.layers if experts else 0)
     attention = family.attention(reader, layers)
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings", False))
     return ModelShape(
         architecture=architecture,
         layers=layers,
@@ -138,9 +137,9 @@ def read_shape(config: Mapping[str, Any], overrides: Mapping[str, Any] | None = 
         attention=attention,
         experts=experts,
         dense_width=reader.positive(family.dense_key, "intermediate_size") if dense_layers else 0,
-        tied_embeddings=bool(text.get("tie_word_embeddings", tied)),
+        tied_embeddings=bool(tied),
         quantisation=read_quantisation(config, text),
-        norms=_norms(reader, family, layers, hidden),
+        norms=_norms(reader, layers, hidden),
         prediction_layers=reader.count(
             "num_nextn_predict_layers", "mtp_num_hidden_layers", default=0
         ),
@@ -244,9 +243,9 @@ def _expert_layers(config: ConfigReader, layers: int) -> int:
     )
 
 
-def _norms(config: ConfigReader, family: _Family, layers: int, hidden: int) -> int:
+def _norms(config: ConfigReader, layers: int, hidden: int) -> int:
     """Of the layers, the last one, and the residual paths that some models have."""
-    count = (family.norms_per_layer * layers + 1) * hidden
+    count = (2 * layers + 1) * hidden
     streams = config.count("hc_mult", default=0)
     if streams:
         # Hyper-connections: two a layer mix the streams, and one joins them at the end.

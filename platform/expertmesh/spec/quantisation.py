@@ -156,8 +156,9 @@ def _compressed_tensors(settings: Mapping[str, Any]) -> _Format:
 
 def _int4(group_size: object) -> _Format:
     """With a scale of two bytes for each group; no group size means one per channel."""
-    grouped = isinstance(group_size, int) and group_size > 0
-    return _Format(Dtype.INT4, 2 / group_size if grouped else 0.0)
+    if isinstance(group_size, int) and group_size > 0:
+        return _Format(Dtype.INT4, 2 / group_size)
+    return _Format(Dtype.INT4)
 
 
 def _mapping(value: object, name: str) -> Mapping[str, Any]:

@@ -1,0 +1,260 @@
+"""`expertmesh plan`: what a model needs in a pool, before a GPU is rented."""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from expertmesh.cli.plan_view import answers_as_json, render
+from expertmesh.clients.hugging_face import hub_file
+from expertmesh.core.domain.accelerator import Price
+from expertmesh.core.domain.model_shape import Dtype
+from expertmesh.core.planner.plan import NoPlan, Plan
+from expertmesh.core.planner.question import (
+    Checkpoint,
+    GpuPool,
+    Objective,
+    Question,
+    Serving,
+    Targets,
+)
+from expertmesh.core.planner.search import search
+from expertmesh.errors import ExpertMeshError, ManifestError
+from expertmesh.spec.catalog_hardware import accelerators
+from expertmesh.spec.deployment import DeploymentManifest
+from expertmesh.spec.load import read_manifests
+from expertmesh.spec.model_config import load_shape
+from expertmesh.spec.planning import catalog_pool, checkpoints_named, platform_pool
+from expertmesh.spec.platform import PlatformManifest
+
+USUAL_POOLS = ("H100", "H200", "B200")
+USUAL_CONTEXT = 32768
+_NOTHING_FITS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model to plan for, as a manifest or the command line names it."""
+
+    name: str
+    checkpoints: tuple[Checkpoint, ...]
+    targets: Targets
+    pools: tuple[str, ...] = ()
+    """That its manifest names."""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    subject: Subject
+    plan: Plan | NoPlan
+    seconds: float
+    """That the search took."""
+
+
+def plan(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE|MODEL...",
+            help="A ModelDeployment manifest, a model's name in the catalogue, a folder, or a "
+            "Hugging Face id.",
+        ),
+    ],
+    pools: Annotated[
+        list[str] | None,
+        typer.Option("--pool", metavar="POOL", help="A pool of the platform file, or a GPU."),
+    ] = None,
+    platform: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Pools and prices; else the catalogue's.")
+    ] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Nodes of a pool that is only a GPU's name.")
+    ] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option("--context", help="Longest sequence, in tokens.")
+    ] = None,
+    input_tokens: Annotated[int, typer.Option("--input", help="Tokens of a usual prompt.")] = 2000,
+    output_tokens: Annotated[int, typer.Option("--output", help="Tokens of an answer.")] = 500,
+    ttft_s: Annotated[
+        float | None, typer.Option("--ttft", help="Seconds to the first token, on average.")
+    ] = None,
+    tpot_s: Annotated[
+        float | None, typer.Option("--tpot", help="Seconds between tokens, on average.")
+    ] = None,
+    users: Annotated[
+        int | None, typer.Option(help="Requests at the same time; else one full group.")
+    ] = None,
+    spare: Annotated[
+        int, typer.Option(help="Groups that may fail while all users are served.")
+    ] = 0,
+    objective: Annotated[Objective, typer.Option(help="What is best.")] = Objective.CHEAPEST,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="Groups that only prefill or decode may win.")
+    ] = False,
+    kv: Annotated[Dtype, typer.Option(help="Format of the KV cache: bf16 or fp8.")] = Dtype.BF16,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="One line each, over all GPUs of the catalogue.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Memory, runners-up, and why others cannot be.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything, for programs.")] = False,
+) -> None:
+    """Say how to serve a model: GPUs, users, speed and price, and what limits them.
+
+    Ends with code 1 when no pool can serve some model at the targets.
+    """
+    try:
+        own = _read_platform(platform)
+        subjects: list[Subject] = []
+        for model in models:
+            subject, beside = _subject(model, context_tokens, input_tokens, output_tokens)
+            own = own or beside
+            targets = replace(subject.targets, users=users, spare_groups=spare)
+            targets = replace(
+                targets,
+                ttft_s=targets.ttft_s if ttft_s is None else ttft_s,
+                tpot_s=targets.tpot_s if tpot_s is None else tpot_s,
+            )
+            subjects.append(replace(subject, targets=targets))
+        serving = frozenset(Serving) if apart else frozenset({Serving.TOGETHER})
+        answers: list[Answer] = []
+        for subject in subjects:
+            question = Question(subject.checkpoints, subject.targets, objective, serving, kv)
+            for pool in _pools(subject, pools or [], own, nodes, compare):
+                started_s = time.perf_counter()
+                found = search(question, pool)
+                answers.append(Answer(subject, found, time.perf_counter() - started_s))
+    except ExpertMeshError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(answers_as_json(answers, kv), indent=2))
+    else:
+        # A table in a pipe keeps its lines whole.
+        console = Console(width=None if sys.stdout.isatty() else 200)
+        console.print(render(answers, kv, details=not compare, explain=explain))
+    served = {id(a.subject) for a in answers if isinstance(a.plan, Plan)}
+    if any(id(subject) not in served for subject in subjects):
+        raise typer.Exit(_NOTHING_FITS)
+
+
+def _read_platform(file: Path | None) -> PlatformManifest | None:
+    if file is None:
+        return None
+    found = [m for m in read_manifests(file) if isinstance(m, PlatformManifest)]
+    if len(found) != 1:
+        raise ManifestError(f"{file}: kind: expected one Platform manifest, found {len(found)}")
+    return found[0]
+
+
+def _subject(
+    model: str, context_tokens: int | None, input_tokens: int, output_tokens: int
+) -> tuple[Subject, PlatformManifest | None]:
+    """And the platform that the same file describes."""
+    targets = Targets(
+        context_tokens=0,
+        input_tokens=input_tokens,
+        output_tokens=output_tokens,
+        ttft_s=2.0,
+        tpot_s=0.05,
+    )
+    path = Path(model)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        manifests = read_manifests(path)
+        deployments = [m for m in manifests if isinstance(m, DeploymentManifest)]
+        platforms = [m for m in manifests if isinstance(m, PlatformManifest)]
+        if len(deployments) != 1:
+            raise ManifestError(
+                f"{model}: kind: expected one ModelDeployment manifest, found {len(deployments)}"
+            )
+        deployment = deployments[0]
+        local = deployment.local_source(path.parent)
+        source = str(local) if local else deployment.model.source
+        loaded = load_shape(
+            source,
+            revision=deployment.model.revision,
+            fetch=hub_file,
+            overrides=deployment.model.shape,
+        )
+        slo = deployment.scaling.slo
+        targets = replace(
+            targets,
+            context_tokens=context_tokens or deployment.model.max_model_len,
+            ttft_s=slo.ttft_s,
+            tpot_s=slo.tpot_s,
+        )
+        return (
+            Subject(
+                deployment.name,
+                (Checkpoint(source, loaded.shape),),
+                targets,
+                deployment.pools,
+                (loaded.warning,) if loaded.warning else (),
+            ),
+            platforms[0] if platforms else None,
+        )
+    checkpoints = checkpoints_named(model, context_tokens)
+    warnings: tuple[str, ...] = ()
+    if not checkpoints:
+        loaded = load_shape(model, fetch=hub_file)
+        checkpoints = (Checkpoint(model, loaded.shape),)
+        warnings = (loaded.warning,) if loaded.warning else ()
+    longest = max(checkpoint.shape.max_position_embeddings for checkpoint in checkpoints)
+    wanted = max(USUAL_CONTEXT, input_tokens + output_tokens)
+    context = context_tokens or min(wanted, longest or wanted)
+    reading = tuple(
+        checkpoint
+        for checkpoint in checkpoints
+        if not 0 < checkpoint.shape.max_position_embeddings < context
+    )
+    targets = replace(targets, context_tokens=context)
+    return Subject(model, reading or checkpoints, targets, (), warnings), None
+
+
+def _pools(
+    subject: Subject,
+    named: list[str],
+    platform: PlatformManifest | None,
+    nodes: int | None,
+    compare: bool,
+) -> list[GpuPool]:
+    """Those that are named, else the manifest's, else all with GPUs, else the usual kinds."""
+    now_s = time.time()
+    own_prices: tuple[Price, ...] = ()
+    mine: dict[str, GpuPool] = {}
+    others: list[str] = []
+    if platform is not None:
+        own_prices = tuple(price.to_core() for price in platform.prices)
+        for manifest in platform.pools:
+            if manifest.is_external or manifest.accelerator is None:
+                others.append(manifest.name)
+            else:
+                mine[manifest.name] = platform_pool(manifest.to_core())
+
+    def pool(name: str) -> GpuPool:
+        if name in others:
+            raise ManifestError(
+                f"--pool: {name!r}: has no GPUs, so there is nothing to plan; the platform's pools "
+                f"with GPUs: {', '.join(mine) or 'none'}"
+            )
+        if name in mine:
+            return mine[name]
+        return catalog_pool(name, now_s, own_prices, nodes)
+
+    if named:
+        return [pool(name) for name in named]
+    if compare:
+        kinds = dict.fromkeys(accelerator.name for accelerator in accelerators().values())
+        return [*mine.values(), *(catalog_pool(k, now_s, own_prices, nodes) for k in kinds)]
+    if platform is not None:
+        of_manifest = [pool(name) for name in subject.pools if name in mine]
+        if of_manifest or mine:
+            return of_manifest or list(mine.values())
+    return [catalog_pool(kind, now_s, own_prices, nodes) for kind in USUAL_POOLS]

@@ -1,0 +1,407 @@
+"""Plans as a table for a person and as JSON for a program."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from expertmesh.core.domain.model_shape import Dtype
+from expertmesh.core.perf.efficiency import Range
+from expertmesh.core.planner.engine_arguments import engine_settings, vllm_serve_arguments
+from expertmesh.core.planner.plan import GroupPlan, NoPlan, Plan
+from expertmesh.core.planner.question import GpuPool, Targets
+
+if TYPE_CHECKING:
+    from expertmesh.cli.plan import Answer
+
+_GIB = 2**30
+_HEADERS = (
+    ("pool", "left"), ("fits", "left"), ("groups", "left"), ("GPUs", "right"),
+    ("KV tokens", "right"), ("users", "right"), ("tokens/s", "right"), ("$/h", "right"),
+    ("$/Mtok out", "right"), ("Wh/Mtok", "right"), ("limited by", "left"),
+)  # fmt: skip
+
+
+def render(
+    answers: Sequence["Answer"], kv: Dtype, *, details: bool, explain: bool
+) -> RenderableType:
+    parts: list[RenderableType] = []
+    subjects = list(dict.fromkeys(id(answer.subject) for answer in answers))
+    for subject in subjects:
+        own = [answer for answer in answers if id(answer.subject) == subject]
+        parts.append(_table(own))
+        parts += [Text(f"  {w}", style="yellow") for w in own[0].subject.warnings]
+        parts += [Text(f"  {line}") for line in _prices(own)]
+        for answer in own:
+            if isinstance(answer.plan, NoPlan):
+                parts.append(_refusal(answer.plan))
+        best = _best([answer.plan for answer in own if isinstance(answer.plan, Plan)])
+        if best is not None and details:
+            parts.append(_detail(best, kv))
+        if explain:
+            parts += [_explained(answer.plan, answer.seconds) for answer in own]
+    return Group(*parts)
+
+
+def _best(plans: Sequence[Plan]) -> Plan | None:
+    """Of the pools that can: the cheapest token, or where GPUs have no price the fewest GPUs."""
+    priced = [plan for plan in plans if plan.usd_per_hour > 0] or plans
+    return min(priced, key=lambda plan: (plan.usd_per_mtok.expected, plan.gpus), default=None)
+
+
+def _table(answers: Sequence["Answer"]) -> Table:
+    subject = answers[0].subject
+    targets = subject.targets
+    table = Table(
+        title=f"{escape(subject.name)}   {_targets(targets)}",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for header, justify in _HEADERS:
+        left = justify == "left"
+        table.add_column(header, justify="left" if left else "right", no_wrap=not left)
+    best = _best([answer.plan for answer in answers if isinstance(answer.plan, Plan)])
+    for answer in answers:
+        plan = answer.plan
+        if isinstance(plan, NoPlan):
+            empty = [""] * (len(_HEADERS) - 3)
+            table.add_row(
+                escape(plan.pool.name), Text("no", style="red"), *empty, plan.constraint.value
+            )
+            continue
+        table.add_row(*_cells(plan), style="bold" if plan is best and len(answers) > 1 else "")
+    return table
+
+
+def _targets(targets: Targets) -> str:
+    users = "" if targets.users is None else f", {targets.users:,} users"
+    return (
+        f"{targets.input_tokens:,} in + {targets.output_tokens:,} out, context "
+        f"{targets.context_tokens:,}, TTFT {targets.ttft_s:g} s, TPOT {targets.tpot_s * 1000:g} ms"
+        f"{users}"
+    )
+
+
+def _cells(plan: Plan) -> list[RenderableType]:
+    priced = plan.pool.usd_per_gpu_hour > 0
+    group = plan.serving_group
+    fits = Text("yes", style="green")
+    return [
+        escape(plan.pool.name),
+        fits,
+        _groups(plan),
+        str(plan.gpus),
+        _short(group.kv_tokens * group.count),
+        f"{plan.users:,}",
+        _range(plan.tokens_per_s, _short),
+        f"{plan.usd_per_hour:,.2f}" if priced else "?",
+        _range(plan.usd_per_mtok, _money) if priced else "?",
+        f"{plan.energy.wh_per_mtok:,.0f}" if plan.energy else "?",
+        f"{group.limit}, {group.time_limit}",
+    ]
+
+
+def _groups(plan: Plan) -> str:
+    return " and ".join(f"{group.count} x {_layout(group)}" for group in plan.groups)
+
+
+def _layout(group: GroupPlan) -> str:
+    layout = group.layout
+    parts = [f"TP{layout.tensor}", f"DP{layout.data}" if layout.data > 1 else ""]
+    if layout.expert_parallel:
+        parts.append(f"EP{layout.expert}")
+    if layout.redundant_experts:
+        parts.append(f"+{layout.redundant_experts}")
+    if group.role != "both":
+        parts.append(group.role.value)
+    return " ".join(part for part in parts if part)
+
+
+def _prices(answers: Sequence["Answer"]) -> list[str]:
+    pools = {answer.plan.pool.name: answer.plan.pool for answer in answers}
+    lines = [
+        f"{pool.name} {_price(pool)}"
+        for pool in pools.values()
+        if pool.price_note != "from the platform file"
+    ]
+    return [f"prices: {'; '.join(lines)}"] if lines else []
+
+
+def _price(pool: GpuPool) -> str:
+    if pool.usd_per_gpu_hour <= 0:
+        return f"({pool.price_note})"
+    return f"{pool.usd_per_gpu_hour:.2f} $/GPU-h {pool.market} ({pool.price_note})"
+
+
+def _refusal(plan: NoPlan) -> Text:
+    text = Text(f"  {plan.pool.name}: {plan.problem}", style="red")
+    for nearest in plan.nearest:
+        text.append(f"\n      nearest: {nearest}", style="not red")
+    return text
+
+
+def _detail(plan: Plan, kv: Dtype) -> Text:
+    group = plan.serving_group
+    settings = engine_settings(group, plan.pool, kv)
+    text = Text()
+    text.append(f"\n  {plan.pool.name}: {plan.checkpoint.source}\n", style="bold")
+    lines = [
+        ("why", plan.why),
+        ("a group", f"{_layout(group)} on {group.nodes} node{'s' if group.nodes > 1 else ''}"),
+        (
+            "users",
+            f"{group.users:,} at the targets ({group.batch_per_rank} a rank); at most "
+            f"{group.max_concurrency:,} of the whole context by memory",
+        ),
+        (
+            "latency",
+            f"TPOT {_ms(group.tpot_s)}"
+            + (f", TTFT {_ms(plan.groups[0].ttft_s)}" if plan.groups[0].ttft_s.expected else ""),
+        ),
+        ("limit", plan.limits),
+        ("failures", str(plan.availability)),
+    ]
+    lines += [("engine", ", ".join(f"{k}: {_plain(v)}" for k, v in settings.engine.items()))]
+    if settings.environment:
+        lines.append(("env", " ".join(f"{k}={v}" for k, v in settings.environment.items())))
+    lines += [("note", note) for note in (*plan.notes, *settings.notes)]
+    for name, line in lines:
+        text.append(f"    {name:<9}", style="cyan")
+        text.append(f"{line}\n")
+    return text
+
+
+def _explained(plan: Plan | NoPlan, seconds: float) -> RenderableType:
+    parts: list[RenderableType] = [
+        Text(f"\n  {plan.pool.name}: {plan.considered} candidates in {seconds:.2f} s", style="bold")
+    ]
+    if isinstance(plan, Plan):
+        parts += [_memory(group) for group in plan.groups]
+        if plan.runners_up:
+            parts.append(_runners_up(plan))
+    for loser in plan.ruled_out:
+        nearest = f"; nearest: {loser.possible}" if loser.possible else ""
+        parts.append(
+            Text(f"    {loser.constraint.value:<9}{loser.candidate}: {loser.problem}{nearest}")
+        )
+    return Group(*parts)
+
+
+def _memory(group: GroupPlan) -> Text:
+    memory = group.memory
+    held = memory.weights
+    parts = {
+        "experts": held.experts,
+        "attention": held.attention,
+        "dense": held.dense,
+        "shared": held.shared,
+        "embeddings": held.embeddings,
+        "other": held.other,
+        "activations": memory.activation_bytes,
+        "buffers": memory.buffer_bytes,
+        "graphs": memory.graph_bytes,
+        "headroom": memory.headroom_bytes,
+        "KV cache": memory.kv_bytes,
+    }
+    shown = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items() if size)
+    return Text(f"    memory   GiB of a GPU with {memory.memory_bytes / _GIB:.1f}: {shown}")
+
+
+def _runners_up(plan: Plan) -> Table:
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 2))
+    for header in ("runner-up", "GPUs", "users", "$/Mtok", "lost by", "why", "checkpoint"):
+        table.add_column(header, justify="right" if header in _NUMBERS else "left")
+    for loser in plan.runners_up:
+        table.add_row(
+            loser.name,
+            str(loser.gpus),
+            f"{loser.users:,}",
+            _money(loser.usd_per_mtok),
+            loser.constraint.value,
+            loser.why,
+            escape(loser.source),
+        )
+    return table
+
+
+_NUMBERS = ("GPUs", "users", "$/Mtok")
+
+
+def answers_as_json(answers: Sequence["Answer"], kv: Dtype) -> dict[str, Any]:
+    return {"plans": [_answer_as_json(answer, kv) for answer in answers]}
+
+
+def _answer_as_json(answer: "Answer", kv: Dtype) -> dict[str, Any]:
+    plan = answer.plan
+    common: dict[str, Any] = {
+        "model": answer.subject.name,
+        "warnings": list(answer.subject.warnings),
+        "pool": {
+            "name": plan.pool.name,
+            "accelerator": plan.pool.accelerator.name,
+            "gpus_per_node": plan.pool.gpus_per_node,
+            "max_nodes": plan.pool.max_nodes,
+            "market": plan.pool.market,
+            "usd_per_gpu_hour": plan.pool.usd_per_gpu_hour,
+            "price_note": plan.pool.price_note,
+        },
+        "targets": {
+            "context_tokens": plan.targets.context_tokens,
+            "input_tokens": plan.targets.input_tokens,
+            "output_tokens": plan.targets.output_tokens,
+            "ttft_s": plan.targets.ttft_s,
+            "tpot_s": plan.targets.tpot_s,
+            "users": plan.targets.users,
+            "spare_groups": plan.targets.spare_groups,
+        },
+        "fits": isinstance(plan, Plan),
+        "considered": plan.considered,
+        "search_s": round(answer.seconds, 4),
+        "ruled_out": [
+            {
+                "candidate": str(loser.candidate),
+                "checkpoint": loser.candidate.checkpoint.source,
+                "constraint": loser.constraint.value,
+                "problem": loser.problem,
+                "possible": loser.possible,
+            }
+            for loser in plan.ruled_out
+        ],
+    }
+    if isinstance(plan, NoPlan):
+        return common | {
+            "constraint": plan.constraint.value,
+            "problem": plan.problem,
+            "nearest": list(plan.nearest),
+        }
+    return common | {
+        "checkpoint": plan.checkpoint.source,
+        "objective": plan.objective.value,
+        "serving": plan.serving.value,
+        "gpus": plan.gpus,
+        "nodes": plan.nodes,
+        "users": plan.users,
+        "tokens_per_s": _range_as_json(plan.tokens_per_s),
+        "usd_per_hour": plan.usd_per_hour,
+        "usd_per_mtok_out": _range_as_json(plan.usd_per_mtok),
+        "wh_per_mtok_out": plan.energy.wh_per_mtok if plan.energy else None,
+        "all_in_wh_per_mtok_out": plan.energy.all_in_wh_per_mtok if plan.energy else None,
+        "co2_g_per_mtok_out": plan.energy.co2_g_per_mtok() if plan.energy else None,
+        "limits": plan.limits,
+        "why": plan.why,
+        "notes": list(plan.notes),
+        "availability": {
+            "groups": plan.availability.groups,
+            "spare_groups": plan.availability.spare_groups,
+            "share_lost": plan.availability.share_lost,
+            "failures_a_month": plan.availability.failures_a_month,
+            "restart_s": plan.availability.restart_s,
+        },
+        "groups": [_group_as_json(group, plan, kv) for group in plan.groups],
+        "runners_up": [
+            {
+                "name": loser.name,
+                "checkpoint": loser.source,
+                "serving": loser.serving.value,
+                "gpus": loser.gpus,
+                "users": loser.users,
+                "usd_per_mtok_out": loser.usd_per_mtok,
+                "constraint": loser.constraint.value,
+                "why": loser.why,
+            }
+            for loser in plan.runners_up
+        ],
+    }
+
+
+def _group_as_json(group: GroupPlan, plan: Plan, kv: Dtype) -> dict[str, Any]:
+    settings = engine_settings(group, plan.pool, kv)
+    layout, memory = group.layout, group.memory
+    return {
+        "role": group.role.value,
+        "count": group.count,
+        "gpus": group.gpus,
+        "nodes": group.nodes,
+        "tensor": layout.tensor,
+        "data": layout.data,
+        "expert": layout.expert,
+        "redundant_experts": layout.redundant_experts,
+        "all2all_backend": group.backend.value,
+        "kv_tokens": group.kv_tokens,
+        "max_concurrency": group.max_concurrency,
+        "batch_per_rank": group.batch_per_rank,
+        "users": group.users,
+        "tokens_per_s": _range_as_json(group.tokens_per_s),
+        "tpot_s": _range_as_json(group.tpot_s),
+        "ttft_s": _range_as_json(group.ttft_s),
+        "limit": group.limit,
+        "time_limit": group.time_limit,
+        "usd_per_hour": group.usd_per_hour,
+        "memory_bytes": {
+            "gpu": memory.memory_bytes,
+            "experts": memory.weights.experts,
+            "attention": memory.weights.attention,
+            "dense": memory.weights.dense,
+            "shared": memory.weights.shared,
+            "embeddings": memory.weights.embeddings,
+            "other": memory.weights.other,
+            "activations": memory.activation_bytes,
+            "buffers": memory.buffer_bytes,
+            "graphs": memory.graph_bytes,
+            "headroom": memory.headroom_bytes,
+            "kv_cache": memory.kv_bytes,
+        },
+        "engine": settings.engine,
+        "environment": settings.environment,
+        "notes": list(settings.notes),
+        "vllm_serve": vllm_serve_arguments(group, plan.checkpoint.source, kv),
+        "group_spec": {
+            "model_source": plan.checkpoint.source,
+            "pool": plan.pool.name,
+            "parallelism": {"tensor": layout.tensor, "data": layout.data, "expert": layout.expert},
+            "max_model_len": memory.context_tokens,
+            "usd_per_hour": group.usd_per_hour,
+            "accelerator": plan.pool.accelerator.name,
+            "engine": settings.engine,
+        },
+        "node_resources": {
+            "gpus": settings.node.gpus,
+            "cpus": settings.node.cpus,
+            "memory_bytes": settings.node.memory_bytes,
+            "shared_memory_bytes": settings.node.shared_memory_bytes,
+        },
+    }
+
+
+def _range_as_json(value: Range) -> dict[str, float]:
+    return {"low": value.low, "expected": value.expected, "high": value.high}
+
+
+def _range(value: Range, shown: Any) -> str:
+    return f"{shown(value.expected)} ({shown(value.low)}-{shown(value.high)})"
+
+
+def _short(value: float) -> str:
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.0f}"
+
+
+def _money(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def _ms(value: Range) -> str:
+    return f"{value.expected * 1000:.0f} ms ({value.low * 1000:.0f}-{value.high * 1000:.0f})"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {v}" for k, v in value.items()) + "}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
