@@ -7,7 +7,7 @@ default policy, where vLLM is installed. Everything is computed; no GPU and no e
 import argparse
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from benchmarks.figures import Conditions, Figure, Row
@@ -277,11 +277,11 @@ def moves_figure(layers: int) -> Figure:
                 f"{sigma:g}",
                 f"{balancedness(current, new):.4f}",
                 f"{balancedness(greedy_after, new):.4f}",
-                _gigabytes(_moved(greedy_before, greedy_after)),
+                _gigabytes(_moved(greedy_before, greedy_after), layers),
             ]
             for slack in (0.0, 0.02, 0.05):
                 after = replan(current, new, ranks, V3_EXPERT_BYTES, slack)
-                row += [f"{after.after:.4f}", _gigabytes(after.moved_experts)]
+                row += [f"{after.after:.4f}", _gigabytes(after.moved_experts, layers)]
             rows.append(tuple(row))
     return Figure(
         "Moved experts (GB over all ranks) and balancedness after loads have changed, density 1.01",
@@ -301,7 +301,8 @@ def moves_figure(layers: int) -> Figure:
         tuple(rows),
         (
             "drift: sigma of the log-normal factor on every load",
-            f"an expert of one layer has {V3_EXPERT_BYTES / 1e6:g} MB (DeepSeek-V3, FP8)",
+            f"GB: {V3_LAYERS} layers with experts of {V3_EXPERT_BYTES / 1e6:g} MB each "
+            "(DeepSeek-V3, FP8)",
             "greedy counts an expert that stays on its rank as not moved, as vLLM does",
         ),
     )
@@ -315,8 +316,9 @@ def _moved(before: Placement, after: Placement) -> int:
     )
 
 
-def _gigabytes(experts: int) -> str:
-    return f"{experts * V3_EXPERT_BYTES / 1e9:.0f}"
+def _gigabytes(experts: int, layers: int) -> str:
+    """In all layers of DeepSeek-V3, as in these."""
+    return f"{experts * V3_LAYERS / layers * V3_EXPERT_BYTES / 1e9:.0f}"
 
 
 def redundancy_figure(layers: int) -> Figure:
@@ -325,7 +327,7 @@ def redundancy_figure(layers: int) -> Figure:
     for ranks in (Ranks(16), Ranks(32), Ranks(72), Ranks(144)):
         for exponent in (1.01, 1.5):
             loads = power_law(EXPERTS, layers, exponent)
-            found = redundancy(loads, layers * V3_EXPERT_BYTES, ranks, rate, 3)
+            found = redundancy(loads, V3_LAYERS * V3_EXPERT_BYTES, ranks, rate, 3)
             rows += [
                 (
                     f"{ranks.count}",
@@ -385,9 +387,7 @@ def time_figure(_layers: int) -> Figure:
     rows: list[Row] = []
     for ranks in (Ranks(32, 32), Ranks(32, 32, nodes=4, groups=8), Ranks(72, 32), Ranks(144, 32)):
         for name, loads in (("zipf 1", zipf(1.0, V3_LAYERS)), ("uniform", uniform(V3_LAYERS))):
-            seconds = [
-                _seconds(lambda r=ranks, of=loads, n=n: place(of, r, n)) for n in (1, TRIALS)
-            ]
+            seconds = [_seconds(loads, ranks, trials) for trials in (1, TRIALS)]
             rows.append((_label(ranks), name, *(f"{value:.2f}" for value in seconds)))
     return Figure(
         f"CPU seconds on one core, {V3_LAYERS} layers",
@@ -396,9 +396,9 @@ def time_figure(_layers: int) -> Figure:
     )
 
 
-def _seconds(work: Callable[[], object]) -> float:
+def _seconds(loads: Loads, ranks: Ranks, trials: int) -> float:
     start = time.process_time()
-    work()
+    place(loads, ranks, trials)
     return time.process_time() - start
 
 

@@ -171,3 +171,13 @@ def test_the_shipped_files_that_the_page_names_exist() -> None:
     named = re.findall(r"`(deployments/[a-z0-9.-]+\.yaml)`", PAGE.read_text())
     assert named
     assert [name for name in named if not (PAGE.parents[1] / name).exists()] == []
+
+
+def test_the_parsers_of_the_shipped_models_are_on_the_page() -> None:
+    text = sections()["ModelDeployment"]
+    used: set[str] = set()
+    for file in (PAGE.parents[1] / "deployments").glob("*.yaml"):
+        engine = yaml.safe_load(file.read_text()).get("engine", {})
+        used |= {engine[key] for key in ("tool_call_parser", "reasoning_parser") if key in engine}
+    assert len(used) > 5
+    assert [name for name in sorted(used) if f"`{name}`" not in text] == []

@@ -17,6 +17,7 @@ from typing import IO, Self
 import aiohttp
 
 from expertmesh.errors import SetupError
+from expertmesh.launch.chosen import chosen_lines
 from expertmesh.launch.our_processes import MARKER_VARIABLE, end_processes
 from expertmesh.launch.ray_nodes import RayNodes
 from expertmesh.launch.state_dir import StateDir
@@ -133,6 +134,8 @@ class LocalSystem:
 
     async def _start(self) -> None:
         started_s = time.monotonic()
+        for line in chosen_lines(self.system.chosen):
+            self.report(line)
         self._ray_temp = Path(tempfile.mkdtemp(prefix=f"expertmesh-{self.state.marker}-"))
         own_children()
         os.environ.update(self._node_environment())

@@ -4,12 +4,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+    model_validator,
+)
 
 from expertmesh.core.domain.deployment import ModelDeployment, ScalingRules, Tariff
 from expertmesh.core.domain.fleet import ExternalRoute, ExternalUse, Parallelism
 from expertmesh.core.domain.model_shape import ModelShape
 from expertmesh.core.domain.slo import Slo
+from expertmesh.spec.auto_parallelism import Chosen
 from expertmesh.spec.manifest import ManifestModel
 from expertmesh.spec.platform import Name, PoolManifest
 
@@ -18,6 +26,8 @@ Alias = Annotated[
 ]
 Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+_IN_FLIGHT_PER_GROUP = 16.0
 
 
 class ModelSource(ManifestModel):
@@ -31,20 +41,44 @@ class ModelSource(ManifestModel):
 
 class ParallelismManifest(ManifestModel):
     expert: Annotated[int, Field(ge=1)]
-    """Workers that share the experts of one group; the group has expert / tensor ranks."""
+    """Workers that share the experts of one group; 1 when each rank has them all, or a share cut
+    out of each of them."""
     tensor: Annotated[int, Field(ge=1)] = 1
+    """Workers of one rank."""
+    data: Annotated[int | None, Field(ge=1)] = None
+    """Ranks of a group; by default expert / tensor, or 1 with expert: 1."""
+    redundant_experts: Annotated[int, Field(ge=0)] = 0
+    """Copies of busy experts, over all workers of a group."""
 
     @model_validator(mode="after")
     def _whole_ranks(self) -> "ParallelismManifest":
-        if self.expert % self.tensor:
+        if self.expert > 1 and self.expert % self.tensor:
             raise ValueError(
                 f"expert {self.expert} is no multiple of tensor {self.tensor}; "
                 "a rank needs `tensor` workers"
             )
+        if self.expert > 1 and self.data not in (None, self.expert // self.tensor):
+            raise ValueError(
+                f"expert {self.expert} is not tensor {self.tensor} x data {self.data}; "
+                "experts lie over all workers of a group, so leave data out"
+            )
+        if self.expert == 1 and self.redundant_experts:
+            raise ValueError("redundant_experts need expert above 1; remove them")
         return self
 
     def to_core(self) -> Parallelism:
+        if self.expert == 1:
+            return Parallelism(tensor=self.tensor, data=self.data or 1, expert=1)
         return Parallelism(tensor=self.tensor, data=self.expert // self.tensor, expert=self.expert)
+
+
+def _sizes_or_auto(value: Any, _: ValidatorFunctionWrapHandler) -> Any:
+    """A union would name each mistake twice, once for each of its kinds."""
+    if value == "auto" or isinstance(value, ParallelismManifest):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("write auto, or sizes as in {expert: 16, tensor: 1}")
+    return ParallelismManifest.model_validate(value)
 
 
 class GroupBounds(ManifestModel):
@@ -74,7 +108,8 @@ class Scaling(ManifestModel):
     max_wait_s: Seconds = 30.0
     """Longest time a request may wait for a group."""
     budget: Budget | None = None
-    target_in_flight_per_group: Annotated[float, Field(gt=0)] = 16.0
+    target_in_flight_per_group: Annotated[float | None, Field(gt=0)] = None
+    """Requests that one group should carry; by default the users of the plan, or 16 without one."""
     up_delay_s: Seconds = 5.0
     down_delay_s: Seconds = 60.0
     drain_deadline_s: Seconds = 120.0
@@ -133,7 +168,8 @@ class DeploymentManifest(ManifestModel):
     kind: Literal["ModelDeployment"]
     name: Name
     model: ModelSource
-    parallelism: ParallelismManifest
+    parallelism: Annotated[ParallelismManifest | Literal["auto"], WrapValidator(_sizes_or_auto)]
+    """`auto`: what the planner finds for the pools; without GPUs, up to two ranks."""
     pools: Annotated[tuple[Name, ...], Field(min_length=1)]
     scaling: Scaling = Scaling()
     engine: Annotated[dict[str, Any], Field(default_factory=dict)]
@@ -158,8 +194,13 @@ class DeploymentManifest(ManifestModel):
         return Path(source) if source.startswith("/") else None
 
     def to_core(
-        self, folder: Path, shape: ModelShape | None, external: tuple[ExternalRoute, ...] = ()
+        self,
+        folder: Path,
+        shape: ModelShape | None,
+        chosen: Chosen,
+        external: tuple[ExternalRoute, ...] = (),
     ) -> ModelDeployment:
+        """`chosen` is what `parallelism` comes to."""
         local = self.local_source(folder)
         scaling = self.scaling
         return ModelDeployment(
@@ -168,12 +209,16 @@ class DeploymentManifest(ManifestModel):
             revision=self.model.revision,
             shape=shape,
             max_model_len=self.model.max_model_len,
-            parallelism=self.parallelism.to_core(),
+            parallelism=chosen.parallelism,
             pools=self.pools,
             scaling=ScalingRules(
                 min_groups=scaling.groups.min,
                 max_groups=scaling.groups.max,
-                target_in_flight_per_group=scaling.target_in_flight_per_group,
+                target_in_flight_per_group=(
+                    scaling.target_in_flight_per_group
+                    or chosen.users_per_group
+                    or _IN_FLIGHT_PER_GROUP
+                ),
                 up_delay_s=scaling.up_delay_s,
                 down_delay_s=scaling.down_delay_s,
                 drain_deadline_s=scaling.drain_deadline_s,
@@ -190,7 +235,7 @@ class DeploymentManifest(ManifestModel):
                 usd_per_mtok_cached=self.tariff.usd_per_mtok_cached,
                 usd_per_mtok_out=self.tariff.usd_per_mtok_out,
             ),
-            engine=dict(self.engine),
+            engine=chosen.engine | self.engine,
             aliases=self.aliases,
             external=external,
         )

@@ -1,7 +1,7 @@
 """Load manifests from YAML and check them against one another, before anything starts."""
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,17 @@ from pydantic import ValidationError
 from expertmesh.core.domain.deployment import ModelDeployment
 from expertmesh.core.domain.fleet import ExternalRoute
 from expertmesh.core.domain.hardware import Pool
-from expertmesh.core.domain.model_shape import ModelShape
+from expertmesh.core.domain.model_shape import Dtype, ModelShape
+from expertmesh.core.domain.slo import Slo
+from expertmesh.core.planner.candidates import balances
+from expertmesh.core.planner.engine_arguments import eplb_arguments
 from expertmesh.errors import ManifestError
+from expertmesh.spec.auto_parallelism import Chosen, Wanted, choose
+from expertmesh.spec.catalog import models as known_models
 from expertmesh.spec.deployment import DeploymentManifest, ParallelismManifest
 from expertmesh.spec.manifest import explain, refuse
 from expertmesh.spec.model_config import read_folder
+from expertmesh.spec.model_shape import read_shape
 from expertmesh.spec.platform import PlatformManifest, PoolManifest
 
 _KINDS: dict[str, type[DeploymentManifest] | type[PlatformManifest]] = {
@@ -33,6 +39,8 @@ class System:
     pools: tuple[Pool, ...]
     """Those with nodes; an external pool is only in the routes of the models that may use it."""
     models: tuple[ModelDeployment, ...]
+    chosen: Mapping[str, Chosen] = field(default_factory=dict)
+    """By model: what `parallelism: auto` came to."""
 
 
 def load_system(files: list[Path]) -> System:
@@ -65,9 +73,13 @@ def load_system(files: list[Path]) -> System:
     platform_file, platform = platforms[0]
     problems += _name_clashes(deployments)
     models: list[ModelDeployment] = []
+    chosen: dict[str, Chosen] = {}
     for file, deployment in deployments:
         try:
-            models.append(_check_deployment(file, deployment, platform.pools))
+            model, choice = _check_deployment(file, deployment, platform.pools)
+            models.append(model)
+            if deployment.parallelism == "auto":
+                chosen[model.name] = choice
         except ManifestError as error:
             problems.append(str(error))
     if problems:
@@ -77,6 +89,7 @@ def load_system(files: list[Path]) -> System:
         platform_file=platform_file,
         pools=tuple(pool.to_core() for pool in platform.pools if not pool.is_external),
         models=tuple(models),
+        chosen=chosen,
     )
 
 
@@ -144,7 +157,7 @@ def _validate(file: str, document: Any) -> DeploymentManifest | PlatformManifest
 
 def _check_deployment(
     file: Path, deployment: DeploymentManifest, pools: tuple[PoolManifest, ...]
-) -> ModelDeployment:
+) -> tuple[ModelDeployment, Chosen]:
     name = str(file)
     known = {pool.name: pool.to_core() for pool in pools if not pool.is_external}
     providers = {pool.name: pool for pool in pools if pool.is_external}
@@ -169,7 +182,8 @@ def _check_deployment(
     if local is not None:
         overrides = deployment.model.shape
         shape = read_folder(local, file=name, field="model.source", overrides=overrides)
-        _check_experts(name, local, deployment.parallelism, shape)
+        if isinstance(deployment.parallelism, ParallelismManifest):
+            _check_experts(name, local, deployment.parallelism, shape)
         longest = shape.max_position_embeddings
         if longest and deployment.model.max_model_len > longest:
             raise refuse(
@@ -178,7 +192,12 @@ def _check_deployment(
                 deployment.model.max_model_len,
                 f"is above the model's own limit; write at most {longest}",
             )
-    workers = deployment.parallelism.expert
+    if isinstance(deployment.parallelism, ParallelismManifest):
+        parallelism = deployment.parallelism
+        chosen = Chosen(parallelism.to_core(), eplb_arguments(parallelism.redundant_experts))
+    else:
+        chosen = _choose(name, deployment, shape, tuple(known[pool] for pool in deployment.pools))
+    workers = chosen.parallelism.tensor * chosen.parallelism.data
     for index, pool_name in enumerate(deployment.pools):
         pool = known[pool_name]
         room = pool.workers_per_node * pool.max_nodes
@@ -190,7 +209,38 @@ def _check_deployment(
                 f"holds at most {room} workers, a group needs {workers}; "
                 "raise the pool's nodes.max or lower parallelism.expert",
             )
-    return deployment.to_core(file.parent, shape, routes)
+    return deployment.to_core(file.parent, shape, chosen, routes), chosen
+
+
+def _choose(
+    file: str, deployment: DeploymentManifest, shape: ModelShape | None, pools: tuple[Pool, ...]
+) -> Chosen:
+    source = deployment.model.source
+    if shape is None:
+        known = known_models().get(source)
+        if known is None:
+            raise refuse(
+                file,
+                "parallelism",
+                "auto",
+                f"the catalogue has no {source}, so its shape is not known; use a local folder, "
+                "or ask `expertmesh plan` and write what it says",
+            )
+        overrides = deployment.model.shape
+        shape = read_shape(known.config, overrides) if overrides else known.shape
+    slo = deployment.scaling.slo
+    fp8_cache = str(deployment.engine.get("kv_cache_dtype", "auto")).startswith("fp8")
+    wanted = Wanted(
+        source=source,
+        shape=shape,
+        max_model_len=deployment.model.max_model_len,
+        slo=Slo(slo.ttft_s, slo.tpot_s, slo.attainment),
+        kv=Dtype.FP8 if fp8_cache else Dtype.BF16,
+    )
+    try:
+        return choose(wanted, pools)
+    except ManifestError as error:
+        raise refuse(file, "parallelism", "auto", str(error)) from None
 
 
 def _check_experts(
@@ -207,8 +257,18 @@ def _check_experts(
                 "parallelism: {expert: 1}",
             )
         return
-    count = shape.experts.count
-    if count % expert:
+    count, redundant = shape.experts.count, parallelism.redundant_experts
+    if redundant and (not balances(shape) or (count + redundant) % expert):
+        raise refuse(
+            file,
+            "parallelism.redundant_experts",
+            redundant,
+            f"{count} + {redundant} experts do not divide over {expert} workers; "
+            f"write {redundant + -(count + redundant) % expert}"
+            if balances(shape)
+            else "vLLM cannot copy experts of this model; remove the key",
+        )
+    if not redundant and count % expert:
         fitting = [n for n in range(1, count + 1) if count % n == 0]
         raise refuse(
             file,

@@ -74,7 +74,7 @@ PRICE_LASTS_S = 90 * 86400.0
 
 
 def stale(price: Price, now_s: float) -> bool:
-    """Older than 90 days: prices of the same GPU have moved by half in less."""
+    """Older than 90 days."""
     return now_s - price.dated_s > PRICE_LASTS_S
 
 

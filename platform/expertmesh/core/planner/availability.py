@@ -28,7 +28,7 @@ class Availability:
 
 
 def groups_for(users: int | None, users_per_group: int, spare_groups: int) -> int:
-    """Groups that serve `users` even while `spare_groups` are away; one when nobody said how many."""
+    """Groups that serve `users` even while `spare_groups` are away; one without `users`."""
     serving = 1 if users is None else max(1, -(-users // users_per_group))
     return serving + spare_groups
 

@@ -1,10 +1,10 @@
-"""All ways to cut a model over the GPUs of a pool that vLLM 0.29 can start, and why not the rest."""
+"""All ways to cut a model over a pool's GPUs that vLLM 0.29 can start, and why not the rest."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from expertmesh.core.domain.accelerator import Accelerator, Era
+from expertmesh.core.domain.accelerator import Era
 from expertmesh.core.domain.model_shape import Dtype, ModelShape
 from expertmesh.core.perf.fabric import Exchange, Fabric
 from expertmesh.core.perf.layout import Layout
@@ -14,7 +14,16 @@ from expertmesh.core.planner.question import Checkpoint, GpuPool, Targets
 LARGEST_GROUP_GPUS = 320
 """DeepSeek's own decode groups have 144; one dead rank stops all of a group."""
 LOW_LATENCY_HIDDEN = 8192
-"""Widest hidden size that DeepEP's low-latency kernels are compiled for."""
+LOW_LATENCY_TOP_K = 11
+"""Widest hidden size and most experts a token that DeepEP's low-latency kernels are compiled for
+(vLLM's deepep_ll.py; `kNumMaxTopK` in DeepEP's internode_ll.cu)."""
+HIGH_THROUGHPUT_NODES = frozenset({1, 2, 3, 4, 6, 8, 12, 16, 18, 20})
+"""Nodes of 8 GPUs that its high-throughput kernels are compiled for (`SWITCH_RDMA_RANKS`)."""
+SMALL_STEP_TOKENS = 2048
+"""Tokens of a rank in a step, for groups that would lose much memory to larger steps: after an
+all-gather every GPU holds the tokens of all ranks."""
+FP8_BLOCK = 128
+"""Rows and columns of FP8 weights with one scale, which vLLM does not cut through."""
 NVLINK_BYTES_PER_S = 100e9
 """DeepEP needs NVLink; slower links are PCIe."""
 
@@ -42,6 +51,11 @@ class Backend(StrEnum):
         return Exchange.ALL_GATHER if gathers else Exchange.DEEP_EP
 
     @property
+    def overlaps(self) -> bool:
+        """vLLM can exchange one half of a batch while it computes the other (DBO)."""
+        return self in (Backend.DEEPEP_LOW_LATENCY, Backend.DEEPEP_HIGH_THROUGHPUT)
+
+    @property
     def low_latency(self) -> bool:
         return self in (Backend.DEEPEP_LOW_LATENCY, Backend.MORI_LOW_LATENCY)
 
@@ -54,6 +68,7 @@ class Constraint(StrEnum):
     CONTEXT = "context"
     HEADS = "heads"
     EXPERTS = "experts"
+    FORMAT = "format"
     FABRIC = "fabric"
     ROOM = "room"
     TPOT = "tpot"
@@ -72,6 +87,13 @@ class Candidate:
     layout: Layout
     role: Role
     backend: Backend
+    batched_tokens: int | None = None
+    """Of a rank in one step at most; None for vLLM's default."""
+
+    @property
+    def key(self) -> tuple[Layout, str, int | None]:
+        """What groups of one application must have in common in all pools."""
+        return (self.layout, self.backend.value, self.batched_tokens)
 
     def __str__(self) -> str:
         layout = self.layout
@@ -98,6 +120,10 @@ class RuledOut:
     missing: float = float("inf")
     """By how much, to find the nearest: bytes over the group, or the least seconds reached."""
 
+    @property
+    def key(self) -> tuple[Layout, str, int | None]:
+        return self.candidate.key
+
 
 def world_sizes(gpus_per_node: int, max_nodes: int, link_domain: int) -> list[int]:
     """Powers of two within a node, then whole nodes: all up to 4, and ever fewer of more."""
@@ -119,8 +145,8 @@ def candidates(
     fabric = Fabric.of(pool.accelerator)
     for gpus in world_sizes(pool.gpus_per_node, pool.max_nodes, pool.accelerator.link_domain):
         for layout in layouts(shape, gpus, pool.gpus_per_node):
-            for backend in backends(shape, pool.accelerator, layout, role):
-                candidate = Candidate(checkpoint, layout, role, backend)
+            for backend, tokens in _exchanges(shape, pool, layout, role):
+                candidate = Candidate(checkpoint, layout, role, backend, tokens)
                 if not fabric.reaches(gpus):
                     yield RuledOut(
                         candidate,
@@ -129,16 +155,66 @@ def candidates(
                         f"a group of up to {pool.accelerator.link_domain} GPUs",
                     )
                     continue
-                refused = refusal(
-                    shape, pool.accelerator, layout, context_tokens=targets.context_tokens, kv=kv
-                )
-                if refused is None:
-                    yield candidate
-                else:
-                    constraint = _CONSTRAINTS.get(refused.reason, Constraint.EXPERTS)
-                    if refused.reason is Reason.LAYOUT and "heads" in refused.problem:
-                        constraint = Constraint.HEADS
-                    yield RuledOut(candidate, constraint, refused.problem, refused.possible)
+                refused = _refused(candidate, pool, targets, kv)
+                yield candidate if refused is None else refused
+
+
+def _exchanges(
+    shape: ModelShape, pool: GpuPool, layout: Layout, role: Role
+) -> Iterator[tuple[Backend, int | None]]:
+    for backend in backends(shape, pool, layout, role):
+        yield backend, None
+        if backend is Backend.ALL_GATHER:
+            yield backend, SMALL_STEP_TOKENS
+
+
+def _refused(candidate: Candidate, pool: GpuPool, targets: Targets, kv: Dtype) -> RuledOut | None:
+    shape, layout = candidate.checkpoint.shape, candidate.layout
+    cut = cuts_blocks(shape, layout)
+    if cut is not None:
+        return RuledOut(
+            candidate,
+            Constraint.FORMAT,
+            f"{cut}, which blocks of {FP8_BLOCK} with one scale forbid",
+            "fewer GPUs a rank, or whole experts on each GPU",
+        )
+    found = refusal(shape, pool.accelerator, layout, context_tokens=targets.context_tokens, kv=kv)
+    if found is None:
+        return None
+    constraint = _CONSTRAINTS.get(found.reason, Constraint.EXPERTS)
+    if found.reason is Reason.LAYOUT and "heads" in found.problem:
+        constraint = Constraint.HEADS
+    return RuledOut(candidate, constraint, found.problem, found.possible)
+
+
+def cuts_blocks(shape: ModelShape, layout: Layout) -> str | None:
+    """What vLLM refuses to cut in FP8 with scales for blocks; None when all is well."""
+    quantisation, experts, tensor = shape.quantisation, shape.experts, layout.tensor
+
+    def uneven(width: int, parts: int) -> bool:
+        return parts > 1 and (width % parts > 0 or width // parts % FP8_BLOCK > 0)
+
+    if experts is not None and _in_blocks(
+        quantisation.experts, quantisation.expert_scale_bytes_per_element
+    ):
+        parts = 1 if layout.expert_parallel else layout.world_size
+        if uneven(experts.width, parts):
+            return f"experts {experts.width:,} wide are cut in {parts}"
+    if not _in_blocks(quantisation.others, quantisation.other_scale_bytes_per_element):
+        return None
+    if experts is not None:
+        # With both kinds of parallelism, shared experts are whole on each GPU.
+        whole = layout.expert_parallel and layout.data > 1
+        if not whole and uneven(experts.shared_width, tensor):
+            return f"shared experts {experts.shared_width:,} wide are cut in {tensor}"
+    if uneven(shape.dense_width, tensor):
+        return f"layers {shape.dense_width:,} wide are cut in {tensor}"
+    return None
+
+
+def _in_blocks(dtype: Dtype, scale_bytes_per_element: float) -> bool:
+    """MXFP8 has a scale for every 32 elements of a row, and can be cut there."""
+    return dtype is Dtype.FP8 and 0 < scale_bytes_per_element < 1 / FP8_BLOCK
 
 
 def layouts(shape: ModelShape, gpus: int, gpus_per_node: int) -> Iterator[Layout]:
@@ -178,27 +254,32 @@ def balances(shape: ModelShape) -> bool:
     )
 
 
-def backends(
-    shape: ModelShape, accelerator: Accelerator, layout: Layout, role: Role
-) -> tuple[Backend, ...]:
-    """DeepEP's high-throughput kernels switch CUDA graphs off, so that they only suit prefill."""
-    if layout.data == 1 or shape.experts is None:
+def backends(shape: ModelShape, pool: GpuPool, layout: Layout, role: Role) -> tuple[Backend, ...]:
+    """DeepEP's high-throughput kernels switch CUDA graphs off, so that they only suit prefill.
+
+    Both kinds need NVLink (or xGMI), and arithmetic in the experts' format: the kernels that widen
+    weights (Marlin) take tokens as an all-gather leaves them.
+    """
+    experts, accelerator = shape.experts, pool.accelerator
+    if layout.data == 1 or experts is None:
         return (Backend.NONE,)
-    if not layout.expert_parallel:
-        return (Backend.ALL_GATHER,)
+    plain = (Backend.ALL_GATHER,)
     if accelerator.era is Era.CDNA:
-        fast = (Backend.MORI_LOW_LATENCY, Backend.MORI_HIGH_THROUGHPUT)
+        low, high = Backend.MORI_LOW_LATENCY, Backend.MORI_HIGH_THROUGHPUT
     elif accelerator.era in (Era.HOPPER, Era.BLACKWELL):
-        fast = (Backend.DEEPEP_LOW_LATENCY, Backend.DEEPEP_HIGH_THROUGHPUT)
+        low, high = Backend.DEEPEP_LOW_LATENCY, Backend.DEEPEP_HIGH_THROUGHPUT
     else:
-        return (Backend.ALL_GATHER,)
-    if accelerator.link_bytes_per_s < NVLINK_BYTES_PER_S:
-        return (Backend.ALL_GATHER,)
+        return plain
+    computed = shape.quantisation.experts in accelerator.flops_per_s
+    linked = accelerator.link_bytes_per_s >= NVLINK_BYTES_PER_S
+    if not (layout.expert_parallel and computed and linked):
+        return plain
     if role is Role.PREFILL:
-        return (Backend.ALL_GATHER, fast[1])
-    if shape.hidden > LOW_LATENCY_HIDDEN:
-        return (Backend.ALL_GATHER,)
-    return (Backend.ALL_GATHER, fast[0])
+        nodes = layout.nodes(pool.gpus_per_node)
+        compiled = nodes in HIGH_THROUGHPUT_NODES and (nodes == 1 or pool.gpus_per_node == 8)
+        return (*plain, high) if compiled else plain
+    compiled = shape.hidden <= LOW_LATENCY_HIDDEN and experts.per_token <= LOW_LATENCY_TOP_K
+    return (*plain, low) if compiled else plain
 
 
 def _powers_of_two(up_to: int) -> list[int]:

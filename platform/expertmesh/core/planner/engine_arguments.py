@@ -6,13 +6,12 @@ from typing import Any
 from expertmesh.core.domain.accelerator import Accelerator, Era
 from expertmesh.core.domain.model_shape import Dtype
 from expertmesh.core.perf.memory import GPU_MEMORY_UTILIZATION, NCCL_BYTES
-from expertmesh.core.perf.step_time import OVERLAP_DECODE_TOKENS
 from expertmesh.core.planner.candidates import Backend
 from expertmesh.core.planner.plan import GroupPlan
 from expertmesh.core.planner.question import GpuPool
 
 SHARED_MEMORY_BYTES_PER_GPU = 2 * 2**30
-"""Of /dev/shm, for NCCL and vLLM's own messages; vLLM's guide asks for 10 GiB a node of 4 or more."""
+"""Of /dev/shm, for NCCL and vLLM's own messages; vLLM's guides give a node 10 GiB or more."""
 HOST_BYTES_PER_GPU = 16 * 2**30
 """For one engine process with its pinned buffers; unverified."""
 CPUS_PER_GPU = 4
@@ -35,7 +34,7 @@ class NodeResources:
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
     engine: dict[str, Any]
-    """For `engine:` of the manifest and `GroupSpec.engine`; parallelism and context lie beside it."""
+    """For `engine:` of the manifest and `GroupSpec.engine`, without parallelism and context."""
     environment: dict[str, str]
     notes: tuple[str, ...]
     """What only the operator of the nodes can fill in."""
@@ -80,7 +79,7 @@ def vllm_serve_arguments(group: GroupPlan, source: str, kv: Dtype = Dtype.BF16) 
 
 
 def eplb_arguments(redundant_experts: int) -> dict[str, Any]:
-    """None without copies: balancing then only moves experts, which costs and gains little."""
+    """None without copies: moving experts alone gains little, and must still be watched."""
     if not redundant_experts:
         return {}
     return {
@@ -98,7 +97,7 @@ def _engine(group: GroupPlan, kv: Dtype) -> dict[str, Any]:
     }
     if group.backend is not Backend.NONE:
         engine["all2all_backend"] = group.backend.value
-    if group.backend in _DEEPEP and group.batch_per_rank >= OVERLAP_DECODE_TOKENS:
+    if group.overlapped:
         # Two halves of a batch in turn: one computes while the other travels.
         engine["enable_dbo"] = True
     engine |= eplb_arguments(group.layout.redundant_experts)

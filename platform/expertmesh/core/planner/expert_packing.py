@@ -8,6 +8,7 @@ single slots lower the heaviest rank, one step at a time.
 
 from collections.abc import Iterator, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
+from itertools import islice
 from math import ceil
 
 _CLOSE = 1.0 + 1e-4
@@ -113,17 +114,15 @@ def _lightest(
                 best = packing
     left = trials - 1 - len(_COARSER)
     while left > 0 and best.heaviest > target:
-        better = None
-        for other in _neighbours(best, ranks):
-            packing = _dealt(weights, other, ranks, slots, target, best.heaviest)
+        known = best.heaviest
+        for other in islice(_neighbours(best, ranks), left):
             left -= 1
-            if packing.heaviest < best.heaviest * _LESS:
-                better = packing
-            if better is not None or left <= 0:
+            packing = _dealt(weights, other, ranks, slots, target, known)
+            if packing.heaviest < known * _LESS:
+                best = packing
                 break
-        if better is None:
+        else:
             return best
-        best = better
     return best
 
 

@@ -16,7 +16,10 @@ Loads = Sequence[Sequence[float]]
 """By layer and expert."""
 
 TRIALS = 16
-"""Starts of one layer, or of one node's part of it, at most; one takes 1 to 2 ms for 288 slots."""
+"""Starts of one layer, or of one node's part of it, at most.
+
+58 layers of 288 slots take 0.1 s of one core with one trial and 0.1 to 2 s with 16.
+"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ class GroupPlan:
     count: int
     layout: Layout
     backend: Backend
+    batched_tokens: int | None
+    """Of a rank in one step, where vLLM's default would not do."""
     nodes: int
     memory: MemoryPlan
     kv_tokens: int
@@ -37,6 +39,8 @@ class GroupPlan:
     """What keeps the batch from growing: `tpot`, `ttft`, `kv cache` or `sequences`."""
     time_limit: str
     """What takes most of a step: memory, compute, network, fixed or prefill."""
+    overlapped: bool
+    """A step is faster in two halves (vLLM's DBO)."""
     usd_per_hour: float
 
     @property

@@ -5,6 +5,7 @@ from enum import StrEnum
 
 from expertmesh.core.domain.accelerator import Accelerator
 from expertmesh.core.domain.model_shape import Dtype, ModelShape
+from expertmesh.core.perf.layout import Layout
 
 
 class Objective(StrEnum):
@@ -74,3 +75,5 @@ class Question:
     """What may win; the other is only compared with."""
     kv: Dtype = Dtype.BF16
     """Of the cache."""
+    only: tuple[Layout, str, int | None] | None = None
+    """The one `Candidate.key` to rate; None for all."""

@@ -1,11 +1,11 @@
 """What a candidate delivers at the targets, or which of them it misses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from expertmesh.core.domain.accelerator import Accelerator
 from expertmesh.core.domain.model_shape import Dtype
 from expertmesh.core.perf.fabric import Fabric
-from expertmesh.core.perf.memory import MemoryPlan, memory
+from expertmesh.core.perf.memory import MemoryPlan, engine_limits, memory
 from expertmesh.core.perf.rates import (
     DecodeRate,
     Served,
@@ -41,6 +41,8 @@ class Rated:
     """`tpot`, `ttft`, `kv cache` or `sequences`: what keeps the batch from growing."""
     time_limit: str
     """What takes most of a step: memory, compute, network, fixed or prefill."""
+    overlapped: bool
+    """A step is faster in two halves, of which one computes while the other is exchanged."""
 
     @property
     def gpus(self) -> int:
@@ -70,6 +72,7 @@ def rate(candidate: Candidate, pool: GpuPool, targets: Targets, kv: Dtype) -> Ra
         candidate.layout,
         Fabric.of(pool.accelerator, candidate.backend.exchange),
         kv=kv,
+        overlap=candidate.backend.overlaps,
     )
     if candidate.role is Role.PREFILL:
         return _rate_prefill(candidate, plan, served, targets)
@@ -79,6 +82,10 @@ def rate(candidate: Candidate, pool: GpuPool, targets: Targets, kv: Dtype) -> Ra
 def memory_of(
     candidate: Candidate, accelerator: Accelerator, context_tokens: int, kv: Dtype
 ) -> MemoryPlan:
+    low_latency = candidate.backend.low_latency
+    limits = engine_limits(accelerator, low_latency)
+    if candidate.batched_tokens is not None:
+        limits = replace(limits, batched_tokens=candidate.batched_tokens)
     return memory(
         candidate.checkpoint.shape,
         accelerator,
@@ -86,7 +93,8 @@ def memory_of(
         context_tokens=context_tokens,
         kv=kv,
         exchange=candidate.backend.exchange,
-        decode_only=candidate.backend.low_latency,
+        decode_only=low_latency,
+        limits=limits,
     )
 
 
@@ -109,6 +117,7 @@ def _rate_prefill(
         lone_tpot_s=0.0,
         limit="ttft",
         time_limit=found.limit,
+        overlapped=served.prefill(found.tokens_per_rank, prompt).hidden_s > 0,
     )
 
 
@@ -170,6 +179,7 @@ def _rate_decode(
         lone_tpot_s=lone.tpot_s,
         limit=limit,
         time_limit=best.limit,
+        overlapped=served.decode(best.batch_per_rank, prompt + output / 2).hidden_s > 0,
     )
 
 

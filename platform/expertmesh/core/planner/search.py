@@ -1,11 +1,12 @@
 """The best plan for a model in a pool: every candidate is rated, and the objective picks one."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
 
 from expertmesh.core.perf.efficiency import Efficiency, Range, efficiency
 from expertmesh.core.perf.energy import energy
+from expertmesh.core.perf.layout import Layout
 from expertmesh.core.perf.memory import widened
 from expertmesh.core.planner.availability import availability, groups_for
 from expertmesh.core.planner.candidates import (
@@ -26,6 +27,8 @@ smaller group."""
 RUNNERS_UP = 5
 _SIZES_APART = 8
 """Most groups that decode, and most kinds of groups to combine."""
+_Key = tuple[Layout, str, int | None]
+"""As `Candidate.key`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,37 +80,95 @@ def search(question: Question, pool: GpuPool) -> Plan | NoPlan:
     refused = _nonsense(question, pool)
     if refused is not None:
         return refused
+    found = _survey(question, pool)
+    allowed = [option for option in found.options if option.serving in question.serving]
+    if not allowed:
+        return _no_plan(question, pool, found)
+    winner = _best(allowed, question.objective)
+    return _plan(question, pool, winner, allowed, found)
+
+
+def search_common(question: Question, pools: Sequence[GpuPool]) -> tuple[Plan, ...] | NoPlan:
+    """One plan for each pool, all with the same layout and exchange.
+
+    Of those that every pool can serve together, the one that loses least against each pool's best.
+    """
+    shares: dict[_Key, float] = {}
+    for index, pool in enumerate(pools):
+        refused = _nonsense(question, pool)
+        if refused is not None:
+            return refused
+        found = _survey(question, pool)
+        costs: dict[_Key, float] = {}
+        for option in found.options:
+            if option.serving is Serving.TOGETHER:
+                key = option.rated.candidate.key
+                cost = _order(question.objective)(option)[0]
+                costs[key] = min(cost, costs.get(key, cost))
+        if not costs:
+            return _no_plan(question, pool, found)
+        least = min(costs.values())
+        relative = {key: cost / least for key, cost in costs.items()}
+        if index == 0:
+            shares = relative
+        else:
+            shares = {k: shares[k] + share for k, share in relative.items() if k in shares}
+        if not shares:
+            before = ", ".join(other.name for other in pools[:index])
+            return NoPlan(
+                pool,
+                question.targets,
+                Constraint.ROOM,
+                f"no layout serves both {before} and {pool.name}",
+                ("write a manifest for each of them",),
+            )
+    best = min(shares.values())
+    equal = [key for key, share in shares.items() if share <= best + EQUAL_SHARE]
+    only = min(equal, key=lambda key: (key[0].world_size, shares[key]))
+    together = replace(question, only=only, serving=frozenset({Serving.TOGETHER}))
+    plans: list[Plan] = []
+    for pool in pools:
+        plan = search(together, pool)
+        assert isinstance(plan, Plan), f"{only} was rated for {pool.name}"
+        plans.append(plan)
+    return tuple(plans)
+
+
+@dataclass(slots=True)
+class _Survey:
+    """Every candidate of a pool: what it would deliver, or why it cannot be."""
+
+    options: list[_Option]
+    ruled_out: list[RuledOut]
+    considered: int = 0
+
+
+def _survey(question: Question, pool: GpuPool) -> _Survey:
     targets = question.targets
-    ruled_out: list[RuledOut] = []
-    together: list[Rated] = []
-    options: list[_Option] = []
-    considered = 0
+    survey = _Survey([], [])
     for checkpoint in question.checkpoints:
         rated: dict[Role, list[Rated]] = {role: [] for role in Role}
         for role in Role:
             for candidate in candidates(checkpoint, pool, targets, role, question.kv):
-                considered += 1
+                if question.only not in (None, candidate.key):
+                    continue
+                survey.considered += 1
                 if isinstance(candidate, Candidate):
                     outcome = rate(candidate, pool, targets, question.kv)
                 else:
                     outcome = candidate
                 if isinstance(outcome, RuledOut):
-                    ruled_out.append(outcome)
+                    survey.ruled_out.append(outcome)
                 else:
                     rated[role].append(outcome)
-        together += rated[Role.BOTH]
-        options += _apart(rated[Role.PREFILL], rated[Role.DECODE], pool, targets)
-    for found in together:
-        option = _together(found, pool, targets)
-        if isinstance(option, RuledOut):
-            ruled_out.append(option)
-        else:
-            options.append(option)
-    allowed = [option for option in options if option.serving in question.serving]
-    if not allowed:
-        return _no_plan(question, pool, options, ruled_out, considered)
-    winner = _best(allowed, question.objective)
-    return _plan(question, pool, winner, allowed, options, ruled_out, considered)
+        for found in rated[Role.BOTH]:
+            option = _together(found, pool, targets)
+            if isinstance(option, RuledOut):
+                survey.ruled_out.append(option)
+            else:
+                survey.options.append(option)
+        survey.options += _apart(rated[Role.PREFILL], rated[Role.DECODE], pool, targets)
+    return survey
 
 
 def _nonsense(question: Question, pool: GpuPool) -> NoPlan | None:
@@ -240,9 +301,7 @@ def _plan(
     pool: GpuPool,
     winner: _Option,
     allowed: list[_Option],
-    options: list[_Option],
-    ruled_out: list[RuledOut],
-    considered: int,
+    found: _Survey,
 ) -> Plan:
     reached = efficiency(pool.accelerator.era)
     tokens = reached.rate(winner.tokens_per_s)
@@ -266,9 +325,9 @@ def _plan(
         ),
         why=_why(winner, allowed, question.objective),
         notes=(spread,) if spread else (),
-        runners_up=_runners_up(winner, options, question),
-        ruled_out=_nearest_of_each(ruled_out),
-        considered=considered,
+        runners_up=_runners_up(winner, found.options, question),
+        ruled_out=_nearest_of_each(found.ruled_out),
+        considered=found.considered,
     )
 
 
@@ -289,6 +348,7 @@ def _group(rated: Rated, count: int, pool: GpuPool, reached: Efficiency) -> Grou
         count=count,
         layout=layout,
         backend=rated.candidate.backend,
+        batched_tokens=rated.candidate.batched_tokens,
         nodes=layout.nodes(pool.gpus_per_node),
         memory=memory,
         kv_tokens=memory.kv_tokens * layout.data,
@@ -300,6 +360,7 @@ def _group(rated: Rated, count: int, pool: GpuPool, reached: Efficiency) -> Grou
         ttft_s=reached.time(rated.ttft_s),
         limit=rated.limit,
         time_limit=rated.time_limit,
+        overlapped=rated.overlapped,
         usd_per_hour=rated.gpus * pool.usd_per_gpu_hour,
     )
 
@@ -392,12 +453,11 @@ def _nearest_of_each(ruled_out: Iterable[RuledOut]) -> tuple[RuledOut, ...]:
 def _no_plan(
     question: Question,
     pool: GpuPool,
-    options: list[_Option],
-    ruled_out: list[RuledOut],
-    considered: int,
+    found: _Survey,
 ) -> NoPlan:
     targets = question.targets
-    nearest = {loser.constraint: loser for loser in _nearest_of_each(ruled_out)}
+    losers = _nearest_of_each(found.ruled_out)
+    nearest = {loser.constraint: loser for loser in losers}
     if not nearest:
         return NoPlan(
             pool, targets, Constraint.TARGETS, "no checkpoint was given", ("name a model",)
@@ -418,7 +478,7 @@ def _no_plan(
             f"does not fit: {loser.missing / 2**30:,.0f} GiB short over {loser.candidate} "
             f"({loser.problem})"
         )
-        possible = list(_more_memory(question, pool, ruled_out))
+        possible = list(_more_memory(question, pool, found.ruled_out))
     elif constraint in (Constraint.TPOT, Constraint.TTFT):
         best = {c: nearest[c].missing for c in (Constraint.TPOT, Constraint.TTFT) if c in nearest}
         name = constraint.value.upper()
@@ -428,7 +488,7 @@ def _no_plan(
             f"({loser.candidate}, one user a rank), the target {target_s * 1000:,.0f} ms"
         )
         possible = [f"a {name} of {_rounded_up(best[constraint])} s is possible in this pool"]
-    others = [option for option in options if option.serving not in question.serving]
+    others = [option for option in found.options if option.serving not in question.serving]
     if others:
         other = _best(others, question.objective)
         possible.append(f"serving {other.serving} would meet the targets: {other.name}")
@@ -438,8 +498,8 @@ def _no_plan(
         constraint,
         problem,
         tuple(possible),
-        _nearest_of_each(ruled_out),
-        considered,
+        losers,
+        found.considered,
     )
 
 
