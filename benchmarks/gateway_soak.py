@@ -45,6 +45,7 @@ FLAT_BYTES = 3 * 2**20
 """Growth after the warm-up, as the fitted line has it, that still counts as none."""
 _SAMPLE_S = 1.0
 _WAIT_S = 20.0
+_MOST_IDLE_S = 30.0
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
 
 
@@ -159,6 +160,8 @@ class Soak:
                     each_minute()
                     self.minute = Tally()
                 await asyncio.sleep(0.005)
+        if self.minute.requests:
+            each_minute()
         for connection in self._idle:
             connection.close()
         await self._gateway.at_rest()
@@ -224,7 +227,8 @@ class Soak:
         connection.write(self._gateway.head("/v1/chat/completions", len(body)) + body)
         status = await connection.head()
         for _ in range(self._random.randrange(STREAM_EVENTS // 2)):
-            await connection.more()
+            if await connection.more():
+                break
         connection.abort()
         return status
 
@@ -247,15 +251,23 @@ class Soak:
         return f"plan=soak-{self._number}:{STREAM_EVENTS}:{STREAM_PACE_MS}:20"
 
     async def _answered(self, body: bytes, secret: str | None = None) -> int:
-        connection = self._idle.pop() if self._idle else await self._connect()
+        connection = self._reusable() or await self._connect()
         connection.write(self._gateway.head("/v1/chat/completions", len(body), secret) + body)
         status = await connection.head()
         await connection.body()
         if connection.stays:
+            connection.idle_since_s = time.monotonic()
             self._idle.append(connection)
         else:
             connection.close()
         return status
+
+    def _reusable(self) -> "_Connection | None":
+        """The connection used last; like all clients, well before the gateway closes it."""
+        now_s = time.monotonic()
+        while self._idle and now_s - self._idle[0].idle_since_s > _MOST_IDLE_S:
+            self._idle.pop(0).close()
+        return self._idle.pop() if self._idle else None
 
     async def _connect(self) -> "_Connection":
         reader, writer = await asyncio.open_connection("127.0.0.1", self._gateway.port)
@@ -268,6 +280,7 @@ class _Connection:
         self._writer = writer
         self._head = b""
         self.stays = False
+        self.idle_since_s = 0.0
 
     def write(self, data: bytes) -> None:
         self._writer.write(data)
@@ -284,8 +297,10 @@ class _Connection:
             length = self._head.split(b"content-length: ", 1)[1]
             await self._reader.readexactly(int(length.split(b"\r\n", 1)[0]))
 
-    async def more(self) -> None:
-        await self._reader.read(65_536)
+    async def more(self) -> bool:
+        """True at the end."""
+        data = await self._reader.read(65_536)
+        return not data or data.endswith(_LAST_CHUNK)
 
     def abort(self) -> None:
         self._writer.transport.abort()

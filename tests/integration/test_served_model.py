@@ -76,6 +76,22 @@ def test_the_anthropic_sdk_gets_its_own_api(system: RunningSystem, key: str) -> 
     assert counted.input_tokens == message.usage.input_tokens
 
 
+def test_what_the_engine_had_in_its_cache_costs_less(client: openai.OpenAI) -> None:
+    story = "Once upon a time there was a fox who lived by the sea with a friend. " * 20
+    asked: dict[str, Any] = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": story}],
+        "max_tokens": 8,
+        "temperature": 0.0,
+        "extra_headers": {"x-session-id": "one-rank"},
+    }
+    first, second = (client.chat.completions.with_raw_response.create(**asked) for _ in range(2))
+    usage = second.parse().usage
+    assert usage is not None and usage.prompt_tokens_details is not None
+    assert (usage.prompt_tokens_details.cached_tokens or 0) >= 128
+    assert float(second.headers["x-em-cost-usd"]) < float(first.headers["x-em-cost-usd"])
+
+
 def test_the_model_is_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
     assert client.models.retrieve(MODEL).id == MODEL

@@ -103,12 +103,10 @@ def test_clients_may_use_the_makers_name(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_cached_tokens_are_reported_where_they_are_cheaper(name: str) -> None:
+def test_cached_tokens_cost_no_more_than_others_and_completions_no_less(name: str) -> None:
     model = deployment(name)
     assert 0 < model.tariff.usd_per_mtok_cached <= model.tariff.usd_per_mtok_in
     assert model.tariff.usd_per_mtok_in <= model.tariff.usd_per_mtok_out
-    cheaper = model.tariff.usd_per_mtok_cached < model.tariff.usd_per_mtok_in
-    assert model.engine.get("enable_prompt_tokens_details", False) is cheaper
 
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
@@ -358,7 +356,7 @@ def test_a_wrong_argument_would_be_noticed() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=NAMES)
 def test_engine_arguments_repeat_no_other_key(file: Path) -> None:
-    written = yaml.safe_load(file.read_text())["engine"]
+    written = yaml.safe_load(file.read_text()).get("engine", {})
     assert set(written).isdisjoint(SET_BY_US)
 
 

@@ -48,6 +48,8 @@ def llm_config(spec: GroupSpec) -> LLMConfig:
         "tensor_parallel_size": parallelism.tensor,
         "enable_expert_parallel": parallelism.expert > 1,
         "max_model_len": spec.max_model_len,
+        # Without it the engine keeps to itself what it took from its cache, and that has a price.
+        "enable_prompt_tokens_details": True,
     }
     if on_cpu:
         # Compilation and profiling cost more than they bring on models that run on a CPU.

@@ -157,10 +157,10 @@ def _survey(question: Question, pool: GpuPool) -> _Survey:
                     outcome = rate(candidate, pool, targets, question.kv)
                 else:
                     outcome = candidate
-                if isinstance(outcome, RuledOut):
-                    survey.ruled_out.append(outcome)
-                else:
+                if not isinstance(outcome, RuledOut):
                     rated[role].append(outcome)
+                elif role is Role.BOTH or Serving.APART in question.serving:
+                    survey.ruled_out.append(outcome)
         for found in rated[Role.BOTH]:
             option = _together(found, pool, targets)
             if isinstance(option, RuledOut):
