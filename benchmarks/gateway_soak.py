@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Annotated
 
@@ -44,6 +45,7 @@ WARM_UP_SHARE = 0.2
 FLAT_BYTES = 3 * 2**20
 """Growth after the warm-up, as the fitted line has it, that still counts as none."""
 _SAMPLE_S = 1.0
+_PILED_UP = 4
 _WAIT_S = 20.0
 _MOST_IDLE_S = 30.0
 _LAST_CHUNK = b"\r\n0\r\n\r\n"
@@ -116,14 +118,30 @@ class Soaked:
     @property
     def growth_bytes(self) -> float:
         """From the end of the warm-up to the end, along the fitted line."""
-        last_s = self.samples[-1].at_s
-        after = [s for s in self.samples if s.at_s >= last_s * WARM_UP_SHARE]
+        after = self._after_warm_up
         slope = _slope([s.at_s for s in after], [float(s.rss_bytes) for s in after])
-        return slope * (last_s - after[0].at_s)
+        return slope * (after[-1].at_s - after[0].at_s)
+
+    @property
+    def is_steady(self) -> bool:
+        """False when requests piled up, as on a busy machine: memory then follows their number."""
+        in_flight = [s.in_flight for s in self._after_warm_up]
+        return max(in_flight) < _PILED_UP * max(1.0, median(in_flight))
 
     @property
     def is_flat(self) -> bool:
-        return self.growth_bytes < FLAT_BYTES
+        return self.is_steady and self.growth_bytes < FLAT_BYTES
+
+    @property
+    def verdict(self) -> str:
+        if not self.is_steady:
+            return "cannot be judged: requests piled up"
+        return "is flat" if self.is_flat else "is NOT flat"
+
+    @property
+    def _after_warm_up(self) -> list[Sample]:
+        last_s = self.samples[-1].at_s
+        return [s for s in self.samples if s.at_s >= last_s * WARM_UP_SHARE]
 
 
 class Soak:
@@ -342,10 +360,9 @@ async def soak(seconds: float, rate: float, folder: Path, console: Console) -> S
 
         soaked = await run.run(seconds, each_minute)
         grown = soaked.growth_bytes
-        verdict = "flat" if soaked.is_flat else "NOT flat"
         notes = (
-            f"memory is {verdict}: {grown / 2**20:+.2f} MiB along the fitted line over the last "
-            f"{100 * (1 - WARM_UP_SHARE):.0f} % of {seconds / 60:.1f} min",
+            f"memory {soaked.verdict}: {grown / 2**20:+.2f} MiB along the fitted line over the "
+            f"last {100 * (1 - WARM_UP_SHARE):.0f} % of {seconds / 60:.1f} min",
             f"afterwards: {_row(0, soaked.left, Tally())[1:6]}",
             f"answers by kind and status: {_counts(run.total)}",
             f"faults: {soaked.faults or 'none'}; in the log: {len(soaked.complaints)}; sent to "

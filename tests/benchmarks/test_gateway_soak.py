@@ -1,5 +1,6 @@
 """The soak itself, in short: nothing goes wrong, nothing is left, and little memory is taken."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ def soaked(*rss_mib: float) -> Soaked:
         Sample(60.0 * minute, int(rss * 2**20), 30, 10, 5, 0) for minute, rss in enumerate(rss_mib)
     )
     return Soaked(samples, {}, (), samples[-1])
+
+
+def test_memory_is_not_judged_when_requests_piled_up() -> None:
+    steady = soaked(*[100.0] * 11)
+    last = replace(steady.samples[-1], in_flight=400)
+    piled_up = replace(steady, samples=(*steady.samples[:-1], last))
+    assert steady.is_flat and not piled_up.is_flat
+    assert "cannot be judged" in piled_up.verdict
 
 
 def test_growth_is_that_after_the_warm_up() -> None:

@@ -1,6 +1,7 @@
 """The chart through the real helm: it renders, it refuses, and what it renders holds together."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from expertmesh.spec.load import load_platform, load_system
 pytestmark = pytest.mark.integration
 
 CASES = (None, *PROFILES)
+REPOSITORY = Path(__file__).parents[2]
 RAY_CLUSTER_SCHEMA = json.loads(Path(__file__).with_name("raycluster.schema.json").read_text())
 
 # Objects that an administrator makes before the release, as values.yaml and the profile say.
@@ -257,7 +259,7 @@ def test_the_controller_s_files_load_as_the_values_say(
     # The image holds models/ beside deployments/; weights themselves are not looked into here.
     tiny = tmp_path / "models" / "tiny-qwen3-moe"
     tiny.mkdir(parents=True)
-    (tiny / "config.json").write_text(json.dumps({"num_experts": 16, "num_experts_per_tok": 4}))
+    shutil.copy(REPOSITORY / "models/tiny-qwen3-moe/config.json", tiny)
     (tiny / "model.safetensors").touch()
 
     documents = {name: yaml.safe_load(text) for name, text in rendered.manifests().items()}

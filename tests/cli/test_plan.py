@@ -1,14 +1,23 @@
 """`expertmesh plan`: what a person and a program get, and what is refused."""
 
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import expertmesh.cli.plan as command
+from expertmesh.cli.plan_view import render
+from expertmesh.core.planner.plan import Plan
+from expertmesh.core.planner.question import Checkpoint, Question, Targets
+from expertmesh.core.planner.search import search
 from expertmesh.errors import UpstreamUnavailable
+from expertmesh.spec.catalog import models
+from expertmesh.spec.planning import catalog_pool
 
 app = typer.Typer()
 app.command("plan")(command.plan)
@@ -62,7 +71,7 @@ def shown(*arguments: str, code: int = 0) -> str:
     return result.output
 
 
-def plans(*arguments: str, code: int = 0) -> list[dict[str, object]]:
+def plans(*arguments: str, code: int = 0) -> list[dict[str, Any]]:
     found = json.loads(shown(*arguments, "--json", code=code))["plans"]
     assert isinstance(found, list)
     return found
@@ -92,8 +101,31 @@ def test_no_colours_in_a_pipe() -> None:
 
 def test_lines_are_whole_in_a_pipe() -> None:
     output = shown("Qwen3-30B-A3B", "--pool", "GB300")
-    (row,) = (line for line in output.splitlines() if line.lstrip().startswith("GB300"))
-    assert "$" not in row and "tpot" in row
+    rows = [line for line in output.splitlines() if line.startswith(" GB300 ")]
+    assert len(rows) == 1 and " yes " in rows[0] and "tpot, " in rows[0]
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 200])
+def test_figures_stay_whole_on_every_terminal(width: int) -> None:
+    targets = Targets(16384, 2000, 500, 2.0, 0.05)
+    asked = Question((Checkpoint(QWEN, models()[QWEN].shape),), targets)
+    subject = command.Subject("small", asked.checkpoints, targets)
+    answers = [
+        command.Answer(subject, search(asked, catalog_pool(gpu, 0.0)), 0.1)
+        for gpu in ("H100", "RTX-PRO-6000")
+    ]
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(render(answers, width=width, details=True, explain=True))
+    output = console.export_text()
+    assert max(map(len, output.splitlines())) <= width
+    assert "…" not in output
+    table = output.partition("prices:")[0]
+    for plan in (answer.plan for answer in answers):
+        assert isinstance(plan, Plan)
+        assert f"{plan.usd_per_hour:,.2f}" in table
+        price = plan.usd_per_mtok
+        assert f"{price.low:.2f}-{price.high:.2f}" in table and f"{plan.users:,}" in table
+    assert ("Wh/Mtok" in table) == (width >= 120)
 
 
 def test_json_has_what_a_chart_and_a_controller_need() -> None:
@@ -125,7 +157,7 @@ def test_a_manifest_brings_its_targets_and_its_pools(files: tuple[str, str]) -> 
     (changed,) = plans(manifest, "--platform", platform, "--tpot", "0.1", "--context", "8192")
     assert changed["targets"]["tpot_s"] == 0.1
     assert changed["targets"]["context_tokens"] == 8192
-    assert changed["users"] > plan["users"]
+    assert changed["usd_per_mtok_out"]["expected"] < plan["usd_per_mtok_out"]["expected"]
 
 
 def test_pools_can_be_named(files: tuple[str, str]) -> None:
@@ -158,7 +190,7 @@ def test_comparing_takes_all_gpus_and_several_models() -> None:
 def test_explaining_says_why_others_lost() -> None:
     output = shown("Qwen3-30B-A3B", "--pool", "L40S", "--explain")
     assert "candidates in" in output and "runner-up" in output and "lost by" in output
-    assert "memory   GiB of a GPU" in output
+    assert "memory" in output and "GiB of a GPU with 44.4" in output
     assert "short on each" in output
 
 
@@ -200,7 +232,8 @@ def test_nonsense_is_refused_with_what_is_possible() -> None:
     [
         (("Qwen3-30B-A3B", "--pool", "H2000"), ("no such GPU", "did you mean 'H200'?")),
         (("nobody/nothing",), ("nobody/nothing", "catalog has no such model")),
-        (("not a model",), ("not a model", "write a path")),
+        (("Qwen3-30B",), ("Qwen3-30B", "did you mean", "Qwen3-30B-A3B")),
+        (("not a model",), ("not a model", "the catalogue has no such model", "Kimi-K2")),
         (("./nowhere",), ("nowhere", "no such folder")),
         (("nowhere.yaml",), ("nowhere.yaml", "no such file")),
     ],
@@ -217,16 +250,52 @@ def test_a_pool_without_gpus_is_refused(files: tuple[str, str]) -> None:
     assert "has no GPUs" in message and "ours, other" in message
 
 
+def test_pools_that_cannot_be_planned_are_said(files: tuple[str, str]) -> None:
+    manifest, platform = files
+    assert "its pools ours are in a platform file: use --platform" in shown(manifest)
+    text = Path(manifest).read_text()
+    Path(manifest).write_text(text.replace("[ours]", "[cpus]"))
+    output = shown(manifest, "--platform", platform)
+    assert "not planned, as they have no GPUs here: cpus" in output
+    Path(manifest).write_text(text.replace("[ours]", "[ours, cpus]"))
+    (plan,) = plans(manifest, "--platform", platform)
+    assert plan["pool"]["name"] == "ours"
+    assert plan["warnings"] == ["not planned, as they have no GPUs here: cpus"]
+
+
 def test_a_negative_price_is_refused(files: tuple[str, str]) -> None:
     manifest, platform = files
     text = Path(platform).read_text().replace("usd_per_node_hour: 16", "usd_per_node_hour: -16")
     Path(platform).write_text(text)
-    assert "usd_per_node_hour: -16.0" in refusal(manifest, "--platform", platform)
+    assert "usd_per_node_hour: -16: Input should be greater" in refusal(
+        manifest, "--platform", platform
+    )
 
 
 def test_a_platform_is_no_model(files: tuple[str, str]) -> None:
     assert "expected one ModelDeployment" in refusal(files[1])
     assert "expected one Platform" in refusal(files[0], "--platform", files[0])
+
+
+def test_a_model_that_others_serve_needs_no_plan(tmp_path: Path) -> None:
+    file = tmp_path / "external.yaml"
+    file.write_text(
+        "kind: ModelDeployment\nname: far\nmodel: {max_model_len: 1024}\nexternal:\n"
+        "  - {pool: api, model: big, tariff: {usd_per_mtok_in: 1, usd_per_mtok_cached: 1, "
+        "usd_per_mtok_out: 2}}\n"
+    )
+    assert "nothing to plan" in refusal(str(file))
+
+
+def test_a_cache_in_fp8_holds_more(files: tuple[str, str]) -> None:
+    manifest, platform = files
+    (plain,) = plans(manifest, "--platform", platform)
+    Path(manifest).write_text(MANIFEST + "engine: {kv_cache_dtype: fp8}\n")
+    (fp8,) = plans(manifest, "--platform", platform)
+    (told,) = plans(manifest, "--platform", platform, "--kv", "bf16")
+    per_gpu = [p["groups"][0]["kv_tokens"] / p["gpus"] for p in (plain, fp8, told)]
+    assert per_gpu[1] > 1.5 * per_gpu[0] and per_gpu[2] == per_gpu[0]
+    assert fp8["groups"][0]["engine"]["kv_cache_dtype"] == "fp8"
 
 
 def test_a_folder_is_read_without_a_network(tmp_path: Path) -> None:

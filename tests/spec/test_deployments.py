@@ -15,6 +15,7 @@ import yaml
 
 from expertmesh.core.domain.accelerator import PriceMarket, prices_of
 from expertmesh.core.domain.deployment import ModelDeployment
+from expertmesh.core.domain.fleet import ExternalUse
 from expertmesh.core.domain.hardware import Market
 from expertmesh.core.domain.model_shape import Dtype
 from expertmesh.core.perf.parameters import parameters
@@ -22,6 +23,7 @@ from expertmesh.core.planner.candidates import Constraint
 from expertmesh.core.planner.plan import NoPlan, Plan
 from expertmesh.core.planner.question import Checkpoint, GpuPool, Question, Targets
 from expertmesh.core.planner.search import search
+from expertmesh.errors import ManifestError
 from expertmesh.spec.catalog import models
 from expertmesh.spec.catalog_hardware import accelerators, prices
 from expertmesh.spec.load import System, load_system
@@ -30,8 +32,12 @@ DEPLOYMENTS = Path(__file__).parents[2] / "deployments"
 PLATFORM = DEPLOYMENTS / "platform.example.yaml"
 LOCAL = {"local.yaml", "tiny-moe.yaml"}
 """A system of its own: everything else runs on the example's pools."""
+ELSEWHERE = DEPLOYMENTS / "qwen2-5-max.yaml"
+"""Served by a provider only."""
 FILES = sorted(
-    file for file in DEPLOYMENTS.glob("*.yaml") if file != PLATFORM and file.name not in LOCAL
+    file
+    for file in DEPLOYMENTS.glob("*.yaml")
+    if file not in (PLATFORM, ELSEWHERE) and file.name not in LOCAL
 )
 NAMES = [file.stem for file in FILES]
 ASKED_FOR = {
@@ -80,6 +86,33 @@ def test_all_load_together_and_are_named_as_their_files() -> None:
 
 def test_the_local_system_loads() -> None:
     assert load_system([DEPLOYMENTS / name for name in sorted(LOCAL)]).models
+
+
+def test_a_model_that_only_a_provider_serves() -> None:
+    loaded = load_system([PLATFORM, ELSEWHERE])
+    (model,) = loaded.models
+    assert (model.source, model.pools, model.scaling.max_groups) == ("", (), 0)
+    (route,) = model.external
+    assert (route.pool, route.use) == ("qwen-api", ExternalUse.FALLBACK)
+    assert loaded.chosen == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"external": []}, "name a pool, or a provider under external"),
+        ({"pools": ["h200-od"]}, "model.source: missing"),
+        ({"engine": {"seed": 1}}, "remove model.source, parallelism, engine"),
+        ({"scaling": {"groups": {"min": 1}}}, "scaling.groups, or name a pool"),
+    ],
+)
+def test_what_a_model_without_groups_cannot_say(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(ELSEWHERE.read_text()) | change))
+    with pytest.raises(ManifestError, match=words):
+        load_system([PLATFORM, file])
 
 
 def test_the_models_that_people_ask_for_are_there() -> None:
@@ -399,5 +432,5 @@ def test_ray_and_vllm_accept_the_arguments_themselves() -> None:
 
 
 def test_the_files_hold_one_manifest_each() -> None:
-    for file in [PLATFORM, *FILES]:
+    for file in [PLATFORM, ELSEWHERE, *FILES]:
         assert len(list(yaml.safe_load_all(file.read_text()))) == 1

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,16 +26,22 @@ from expertmesh.core.planner.question import (
 )
 from expertmesh.core.planner.search import search
 from expertmesh.errors import ExpertMeshError, ManifestError
+from expertmesh.spec.auto_parallelism import kv_format
 from expertmesh.spec.catalog_hardware import accelerators
 from expertmesh.spec.deployment import DeploymentManifest
 from expertmesh.spec.load import read_manifests
 from expertmesh.spec.model_config import load_shape
-from expertmesh.spec.planning import catalog_pool, checkpoints_named, platform_pool
+from expertmesh.spec.planning import catalog_pool, checkpoints_named, platform_pool, unknown_name
 from expertmesh.spec.platform import PlatformManifest
 
 USUAL_POOLS = ("H100", "H200", "B200")
 USUAL_CONTEXT = 32768
 _NOTHING_FITS = 1
+
+
+class KvFormat(StrEnum):
+    BF16 = "bf16"
+    FP8 = "fp8"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,8 @@ class Subject:
     pools: tuple[str, ...] = ()
     """That its manifest names."""
     warnings: tuple[str, ...] = ()
+    kv: Dtype = Dtype.BF16
+    """Of the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,9 @@ def plan(
     apart: Annotated[
         bool, typer.Option("--apart", help="Groups that only prefill or decode may win.")
     ] = False,
-    kv: Annotated[Dtype, typer.Option(help="Format of the KV cache: bf16 or fp8.")] = Dtype.BF16,
+    kv: Annotated[
+        KvFormat | None, typer.Option(help="Of the KV cache; else as in the manifest, or bf16.")
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="One line each, over all GPUs of the catalogue.")
     ] = False,
@@ -122,12 +133,19 @@ def plan(
                 ttft_s=targets.ttft_s if ttft_s is None else ttft_s,
                 tpot_s=targets.tpot_s if tpot_s is None else tpot_s,
             )
-            subjects.append(replace(subject, targets=targets))
+            cache = subject.kv if kv is None else Dtype(kv.value)
+            subjects.append(replace(subject, targets=targets, kv=cache))
         serving = frozenset(Serving) if apart else frozenset({Serving.TOGETHER})
         answers: list[Answer] = []
+        told: list[Subject] = []
         for subject in subjects:
-            question = Question(subject.checkpoints, subject.targets, objective, serving, kv)
-            for pool in _pools(subject, pools or [], own, nodes, compare):
+            question = Question(
+                subject.checkpoints, subject.targets, objective, serving, subject.kv
+            )
+            chosen, note = _pools(subject, pools or [], own, nodes, compare)
+            subject = replace(subject, warnings=(*subject.warnings, *((note,) if note else ())))
+            told.append(subject)
+            for pool in chosen:
                 started_s = time.perf_counter()
                 found = search(question, pool)
                 answers.append(Answer(subject, found, time.perf_counter() - started_s))
@@ -135,13 +153,13 @@ def plan(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps(answers_as_json(answers, kv), indent=2))
+        typer.echo(json.dumps(answers_as_json(answers), indent=2))
     else:
         # A table in a pipe keeps its lines whole.
         console = Console(width=None if sys.stdout.isatty() else 200)
-        console.print(render(answers, kv, details=not compare, explain=explain))
+        console.print(render(answers, width=console.width, details=not compare, explain=explain))
     served = {id(a.subject) for a in answers if isinstance(a.plan, Plan)}
-    if any(id(subject) not in served for subject in subjects):
+    if any(id(subject) not in served for subject in told):
         raise typer.Exit(_NOTHING_FITS)
 
 
@@ -175,6 +193,11 @@ def _subject(
                 f"{model}: kind: expected one ModelDeployment manifest, found {len(deployments)}"
             )
         deployment = deployments[0]
+        if deployment.model.source is None:
+            raise ManifestError(
+                f"{model}: pools: none; an external provider serves this model, so there is "
+                "nothing to plan"
+            )
         local = deployment.local_source(path.parent)
         source = str(local) if local else deployment.model.source
         loaded = load_shape(
@@ -197,12 +220,15 @@ def _subject(
                 targets,
                 deployment.pools,
                 (loaded.warning,) if loaded.warning else (),
+                kv_format(deployment.engine),
             ),
             platforms[0] if platforms else None,
         )
     checkpoints = checkpoints_named(model, context_tokens)
     warnings: tuple[str, ...] = ()
     if not checkpoints:
+        if "/" not in model and not model.startswith(".") and not path.is_dir():
+            raise unknown_name(model)
         loaded = load_shape(model, fetch=hub_file)
         checkpoints = (Checkpoint(model, loaded.shape),)
         warnings = (loaded.warning,) if loaded.warning else ()
@@ -224,8 +250,11 @@ def _pools(
     platform: PlatformManifest | None,
     nodes: int | None,
     compare: bool,
-) -> list[GpuPool]:
-    """Those that are named, else the manifest's, else all with GPUs, else the usual kinds."""
+) -> tuple[list[GpuPool], str | None]:
+    """Those that are named, else the manifest's, else all with GPUs, else the usual kinds.
+
+    And a word when these are not the manifest's own.
+    """
     now_s = time.time()
     own_prices: tuple[Price, ...] = ()
     mine: dict[str, GpuPool] = {}
@@ -249,12 +278,18 @@ def _pools(
         return catalog_pool(name, now_s, own_prices, nodes)
 
     if named:
-        return [pool(name) for name in named]
+        return [pool(name) for name in named], None
     if compare:
         kinds = dict.fromkeys(accelerator.name for accelerator in accelerators().values())
-        return [*mine.values(), *(catalog_pool(k, now_s, own_prices, nodes) for k in kinds)]
-    if platform is not None:
-        of_manifest = [pool(name) for name in subject.pools if name in mine]
-        if of_manifest or mine:
-            return of_manifest or list(mine.values())
-    return [catalog_pool(kind, now_s, own_prices, nodes) for kind in USUAL_POOLS]
+        every = (catalog_pool(kind, now_s, own_prices, nodes) for kind in kinds)
+        return [*mine.values(), *every], None
+    of_manifest = [mine[name] for name in subject.pools if name in mine]
+    if of_manifest or mine:
+        missing = [name for name in subject.pools if name not in mine]
+        note = f"not planned, as they have no GPUs here: {', '.join(missing)}" if missing else None
+        return of_manifest or list(mine.values()), note
+    note = None
+    if subject.pools:
+        why = "have no GPUs" if platform is not None else "are in a platform file: use --platform"
+        note = f"its pools {', '.join(subject.pools)} {why}; planned for rented GPUs instead"
+    return [catalog_pool(kind, now_s, own_prices, nodes) for kind in USUAL_POOLS], note

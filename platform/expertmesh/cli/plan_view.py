@@ -11,7 +11,11 @@ from rich.text import Text
 
 from expertmesh.core.domain.model_shape import Dtype
 from expertmesh.core.perf.efficiency import Range
-from expertmesh.core.planner.engine_arguments import engine_settings, vllm_serve_arguments
+from expertmesh.core.planner.engine_arguments import (
+    chart_values,
+    engine_settings,
+    vllm_serve_arguments,
+)
 from expertmesh.core.planner.plan import GroupPlan, NoPlan, Plan
 from expertmesh.core.planner.question import GpuPool, Targets
 
@@ -25,15 +29,20 @@ _HEADERS = (
     ("$/Mtok out", "right"), ("Wh/Mtok", "right"), ("limited by", "left"),
 )  # fmt: skip
 
+_LEFT_OUT_FIRST = ("Wh/Mtok", "KV tokens", "GPUs", "limited by")
+_STYLES = {"yes": "green", "no": "red"}
+_FOLDED = ("pool", "limited by")
+"""On a narrow terminal; figures stay whole."""
+
 
 def render(
-    answers: Sequence["Answer"], kv: Dtype, *, details: bool, explain: bool
+    answers: Sequence["Answer"], *, width: int, details: bool, explain: bool
 ) -> RenderableType:
     parts: list[RenderableType] = []
     subjects = list(dict.fromkeys(id(answer.subject) for answer in answers))
     for subject in subjects:
         own = [answer for answer in answers if id(answer.subject) == subject]
-        parts.append(_table(own))
+        parts.append(_table(own, width))
         parts += [Text(f"  {w}", style="yellow") for w in own[0].subject.warnings]
         parts += [Text(f"  {line}") for line in _prices(own)]
         for answer in own:
@@ -41,7 +50,7 @@ def render(
                 parts.append(_refusal(answer.plan))
         best = _best([answer.plan for answer in own if isinstance(answer.plan, Plan)])
         if best is not None and details:
-            parts.append(_detail(best, kv))
+            parts.append(_detail(best, own[0].subject.kv))
         if explain:
             parts += [_explained(answer.plan, answer.seconds) for answer in own]
     return Group(*parts)
@@ -53,29 +62,44 @@ def _best(plans: Sequence[Plan]) -> Plan | None:
     return min(priced, key=lambda plan: (plan.usd_per_mtok.expected, plan.gpus), default=None)
 
 
-def _table(answers: Sequence["Answer"]) -> Table:
+def _table(answers: Sequence["Answer"], width: int) -> Table:
     subject = answers[0].subject
-    targets = subject.targets
+    best = _best([answer.plan for answer in answers if isinstance(answer.plan, Plan)])
+    rows = [_cells(answer.plan) for answer in answers]
+    shown = _columns(rows, width)
     table = Table(
-        title=f"{escape(subject.name)}   {_targets(targets)}",
+        title=f"{escape(subject.name)}   {_targets(subject.targets)}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for header, justify in _HEADERS:
-        left = justify == "left"
-        table.add_column(header, justify="left" if left else "right", no_wrap=not left)
-    best = _best([answer.plan for answer in answers if isinstance(answer.plan, Plan)])
-    for answer in answers:
-        plan = answer.plan
-        if isinstance(plan, NoPlan):
-            empty = [""] * (len(_HEADERS) - 3)
-            table.add_row(
-                escape(plan.pool.name), Text("no", style="red"), *empty, plan.constraint.value
-            )
-            continue
-        table.add_row(*_cells(plan), style="bold" if plan is best and len(answers) > 1 else "")
+    for index in shown:
+        header, justify = _HEADERS[index]
+        table.add_column(
+            header,
+            justify="left" if justify == "left" else "right",
+            overflow="fold",
+            no_wrap=header not in _FOLDED,
+        )
+    for answer, row in zip(answers, rows, strict=True):
+        cells = [Text(row[index], style=_STYLES.get(row[index], "")) for index in shown]
+        table.add_row(*cells, style="bold" if answer.plan is best and len(answers) > 1 else "")
     return table
+
+
+def _columns(rows: Sequence[Sequence[str]], width: int) -> list[int]:
+    """Those that a narrow terminal has room for; all are in the JSON."""
+    shown = list(range(len(_HEADERS)))
+
+    def needed(index: int) -> int:
+        lines = [_HEADERS[index][0], *(line for row in rows for line in row[index].splitlines())]
+        return max(len(line) for line in lines) + 1
+
+    for header in _LEFT_OUT_FIRST:
+        if sum(needed(index) for index in shown) + 1 <= width:
+            break
+        shown.remove(next(i for i in shown if _HEADERS[i][0] == header))
+    return shown
 
 
 def _targets(targets: Targets) -> str:
@@ -87,13 +111,16 @@ def _targets(targets: Targets) -> str:
     )
 
 
-def _cells(plan: Plan) -> list[RenderableType]:
+def _cells(plan: Plan | NoPlan) -> tuple[str, ...]:
+    """As in `_HEADERS`."""
+    if isinstance(plan, NoPlan):
+        empty = ("",) * (len(_HEADERS) - 3)
+        return (plan.pool.name, "no", *empty, plan.constraint.value)
     priced = plan.pool.usd_per_gpu_hour > 0
     group = plan.serving_group
-    fits = Text("yes", style="green")
-    return [
-        escape(plan.pool.name),
-        fits,
+    return (
+        plan.pool.name,
+        "yes",
         _groups(plan),
         str(plan.gpus),
         _short(group.kv_tokens * group.count),
@@ -103,11 +130,14 @@ def _cells(plan: Plan) -> list[RenderableType]:
         _range(plan.usd_per_mtok, _money) if priced else "?",
         f"{plan.energy.wh_per_mtok:,.0f}" if plan.energy else "?",
         f"{group.limit}, {group.time_limit}",
-    ]
+    )
 
 
 def _groups(plan: Plan) -> str:
-    return " and ".join(f"{group.count} x {_layout(group)}" for group in plan.groups)
+    """Groups apart take a line each."""
+    return "\n".join(
+        (f"{group.count} x " if group.count > 1 else "") + _layout(group) for group in plan.groups
+    )
 
 
 def _layout(group: GroupPlan) -> str:
@@ -145,12 +175,11 @@ def _refusal(plan: NoPlan) -> Text:
     return text
 
 
-def _detail(plan: Plan, kv: Dtype) -> Text:
+def _detail(plan: Plan, kv: Dtype) -> RenderableType:
     group = plan.serving_group
     settings = engine_settings(group, plan.pool, kv)
-    text = Text()
-    text.append(f"\n  {plan.pool.name}: {plan.checkpoint.source}\n", style="bold")
-    lines = [
+    tokens, price = plan.tokens_per_s, plan.usd_per_mtok
+    rows = [
         ("why", plan.why),
         ("a group", f"{_layout(group)} on {group.nodes} node{'s' if group.nodes > 1 else ''}"),
         (
@@ -163,17 +192,29 @@ def _detail(plan: Plan, kv: Dtype) -> Text:
             f"TPOT {_ms(group.tpot_s)}"
             + (f", TTFT {_ms(plan.groups[0].ttft_s)}" if plan.groups[0].ttft_s.expected else ""),
         ),
+        (
+            "expected",
+            f"{_short(tokens.expected)} tokens/s at {_money(price.expected)} $/Mtok; the table "
+            "shows the range of four in five published measurements",
+        ),
         ("limit", plan.limits),
         ("failures", str(plan.availability)),
+        ("engine", ", ".join(f"{k}: {_plain(v)}" for k, v in settings.engine.items())),
     ]
-    lines += [("engine", ", ".join(f"{k}: {_plain(v)}" for k, v in settings.engine.items()))]
     if settings.environment:
-        lines.append(("env", " ".join(f"{k}={v}" for k, v in settings.environment.items())))
-    lines += [("note", note) for note in (*plan.notes, *settings.notes)]
-    for name, line in lines:
-        text.append(f"    {name:<9}", style="cyan")
-        text.append(f"{line}\n")
-    return text
+        rows.append(("env", " ".join(f"{k}={v}" for k, v in settings.environment.items())))
+    rows += [("note", note) for note in (*plan.notes, *settings.notes)]
+    title = Text(f"\n  {plan.pool.name}: {plan.checkpoint.source}", style="bold")
+    return Group(title, _named_lines(rows))
+
+
+def _named_lines(rows: Sequence[tuple[str, str]]) -> Table:
+    grid = Table.grid(padding=(0, 1, 0, 0))
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, line in rows:
+        grid.add_row(f"    {name}", Text(line))
+    return grid
 
 
 def _explained(plan: Plan | NoPlan, seconds: float) -> RenderableType:
@@ -181,18 +222,22 @@ def _explained(plan: Plan | NoPlan, seconds: float) -> RenderableType:
         Text(f"\n  {plan.pool.name}: {plan.considered} candidates in {seconds:.2f} s", style="bold")
     ]
     if isinstance(plan, Plan):
-        parts += [_memory(group) for group in plan.groups]
+        parts.append(_named_lines([("memory", _memory(group)) for group in plan.groups]))
         if plan.runners_up:
             parts.append(_runners_up(plan))
-    for loser in plan.ruled_out:
-        nearest = f"; nearest: {loser.possible}" if loser.possible else ""
-        parts.append(
-            Text(f"    {loser.constraint.value:<9}{loser.candidate}: {loser.problem}{nearest}")
+    losers = [
+        (
+            loser.constraint.value,
+            f"{loser.candidate}: {loser.problem}"
+            + (f"; nearest: {loser.possible}" if loser.possible else ""),
         )
+        for loser in plan.ruled_out
+    ]
+    parts.append(_named_lines(losers))
     return Group(*parts)
 
 
-def _memory(group: GroupPlan) -> Text:
+def _memory(group: GroupPlan) -> str:
     memory = group.memory
     held = memory.weights
     parts = {
@@ -209,13 +254,14 @@ def _memory(group: GroupPlan) -> Text:
         "KV cache": memory.kv_bytes,
     }
     shown = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items() if size)
-    return Text(f"    memory   GiB of a GPU with {memory.memory_bytes / _GIB:.1f}: {shown}")
+    return f"GiB of a GPU with {memory.memory_bytes / _GIB:.1f}: {shown}"
 
 
 def _runners_up(plan: Plan) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 2))
     for header in ("runner-up", "GPUs", "users", "$/Mtok", "lost by", "why", "checkpoint"):
-        table.add_column(header, justify="right" if header in _NUMBERS else "left")
+        number = header in _NUMBERS
+        table.add_column(header, justify="right" if number else "left", overflow="fold")
     for loser in plan.runners_up:
         table.add_row(
             loser.name,
@@ -232,11 +278,11 @@ def _runners_up(plan: Plan) -> Table:
 _NUMBERS = ("GPUs", "users", "$/Mtok")
 
 
-def answers_as_json(answers: Sequence["Answer"], kv: Dtype) -> dict[str, Any]:
-    return {"plans": [_answer_as_json(answer, kv) for answer in answers]}
+def answers_as_json(answers: Sequence["Answer"]) -> dict[str, Any]:
+    return {"plans": [_answer_as_json(answer) for answer in answers]}
 
 
-def _answer_as_json(answer: "Answer", kv: Dtype) -> dict[str, Any]:
+def _answer_as_json(answer: "Answer") -> dict[str, Any]:
     plan = answer.plan
     common: dict[str, Any] = {
         "model": answer.subject.name,
@@ -302,7 +348,7 @@ def _answer_as_json(answer: "Answer", kv: Dtype) -> dict[str, Any]:
             "failures_a_month": plan.availability.failures_a_month,
             "restart_s": plan.availability.restart_s,
         },
-        "groups": [_group_as_json(group, plan, kv) for group in plan.groups],
+        "groups": [_group_as_json(group, plan, answer.subject.kv) for group in plan.groups],
         "runners_up": [
             {
                 "name": loser.name,
@@ -369,6 +415,7 @@ def _group_as_json(group: GroupPlan, plan: Plan, kv: Dtype) -> dict[str, Any]:
             "accelerator": plan.pool.accelerator.name,
             "engine": settings.engine,
         },
+        "chart_values": chart_values(settings, plan.pool.name),
         "node_resources": {
             "gpus": settings.node.gpus,
             "cpus": settings.node.cpus,
@@ -383,7 +430,7 @@ def _range_as_json(value: Range) -> dict[str, float]:
 
 
 def _range(value: Range, shown: Any) -> str:
-    return f"{shown(value.expected)} ({shown(value.low)}-{shown(value.high)})"
+    return f"{shown(value.low)}-{shown(value.high)}"
 
 
 def _short(value: float) -> str:

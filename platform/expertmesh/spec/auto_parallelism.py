@@ -1,5 +1,6 @@
 """`parallelism: auto` of a manifest: the planner decides, or on CPUs what fits the nodes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,12 @@ class Wanted:
     max_model_len: int
     slo: Slo
     kv: Dtype = Dtype.BF16
+
+
+def kv_format(engine: Mapping[str, Any]) -> Dtype:
+    """Of the cache, by a manifest's engine arguments."""
+    named = str(engine.get("kv_cache_dtype", "auto"))
+    return Dtype.FP8 if named.startswith("fp8") else Dtype.BF16
 
 
 def choose(wanted: Wanted, pools: tuple[Pool, ...]) -> Chosen:

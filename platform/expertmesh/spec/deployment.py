@@ -31,8 +31,9 @@ _IN_FLIGHT_PER_GROUP = 16.0
 
 
 class ModelSource(ManifestModel):
-    source: Annotated[str, Field(min_length=1)]
-    """A folder (absolute, or relative to the manifest when it starts with a dot) or an HF id."""
+    source: Annotated[str, Field(min_length=1)] | None = None
+    """A folder (absolute, or relative to the manifest when it starts with a dot) or an HF id; left
+    out only for a model that others serve."""
     revision: str = "main"
     max_model_len: Annotated[int, Field(ge=16)]
     shape: Annotated[dict[str, Any], Field(default_factory=dict)]
@@ -168,9 +169,12 @@ class DeploymentManifest(ManifestModel):
     kind: Literal["ModelDeployment"]
     name: Name
     model: ModelSource
-    parallelism: Annotated[ParallelismManifest | Literal["auto"], WrapValidator(_sizes_or_auto)]
+    parallelism: Annotated[ParallelismManifest | Literal["auto"], WrapValidator(_sizes_or_auto)] = (
+        "auto"
+    )
     """`auto`: what the planner finds for the pools; without GPUs, up to two ranks."""
-    pools: Annotated[tuple[Name, ...], Field(min_length=1)]
+    pools: tuple[Name, ...] = ()
+    """Where groups of the model may run; none for a model that only external providers serve."""
     scaling: Scaling = Scaling()
     engine: Annotated[dict[str, Any], Field(default_factory=dict)]
     """Passed to vLLM as engine arguments."""
@@ -178,7 +182,7 @@ class DeploymentManifest(ManifestModel):
     aliases: tuple[Alias, ...] = ()
     """Other names that clients may use for the model."""
     external: tuple[ExternalManifest, ...] = ()
-    """Providers that may serve it too, in the order in which they are asked."""
+    """Providers that may serve it too; of several the cheapest is asked."""
 
     @model_validator(mode="after")
     def _pools_once(self) -> "DeploymentManifest":
@@ -186,9 +190,25 @@ class DeploymentManifest(ManifestModel):
             raise ValueError("pools: a pool is named twice; name each once")
         return self
 
+    @model_validator(mode="after")
+    def _served_by_somebody(self) -> "DeploymentManifest":
+        if self.pools and self.model.source is None:
+            raise ValueError("model.source: missing; name the model's folder or Hugging Face id")
+        if self.pools:
+            return self
+        if not self.external:
+            raise ValueError("pools: none; name a pool, or a provider under external")
+        ours = {"parallelism", "engine"} & self.model_fields_set
+        if self.model.source is not None or ours or "groups" in self.scaling.model_fields_set:
+            raise ValueError(
+                "pools: none, so no group of this model runs here; remove model.source, "
+                "parallelism, engine and scaling.groups, or name a pool"
+            )
+        return self
+
     def local_source(self, folder: Path) -> Path | None:
         """The model's folder, or None when the source is a Hugging Face id."""
-        source = self.model.source
+        source = self.model.source or ""
         if source.startswith("."):
             return (folder / source).resolve()
         return Path(source) if source.startswith("/") else None
@@ -203,17 +223,22 @@ class DeploymentManifest(ManifestModel):
         """`chosen` is what `parallelism` comes to."""
         local = self.local_source(folder)
         scaling = self.scaling
+        engine = chosen.engine | self.engine
+        if local is None and self.model.revision != "main":
+            # Weights, tokenizer and code of one commit.
+            for part in ("revision", "tokenizer_revision", "code_revision"):
+                engine.setdefault(part, self.model.revision)
         return ModelDeployment(
             name=self.name,
-            source=str(local) if local else self.model.source,
+            source=str(local) if local else self.model.source or "",
             revision=self.model.revision,
             shape=shape,
             max_model_len=self.model.max_model_len,
             parallelism=chosen.parallelism,
             pools=self.pools,
             scaling=ScalingRules(
-                min_groups=scaling.groups.min,
-                max_groups=scaling.groups.max,
+                min_groups=scaling.groups.min if self.pools else 0,
+                max_groups=scaling.groups.max if self.pools else 0,
                 target_in_flight_per_group=(
                     scaling.target_in_flight_per_group
                     or chosen.users_per_group
@@ -235,7 +260,7 @@ class DeploymentManifest(ManifestModel):
                 usd_per_mtok_cached=self.tariff.usd_per_mtok_cached,
                 usd_per_mtok_out=self.tariff.usd_per_mtok_out,
             ),
-            engine=chosen.engine | self.engine,
+            engine=engine,
             aliases=self.aliases,
             external=external,
         )

@@ -9,14 +9,14 @@ import yaml
 from pydantic import ValidationError
 
 from expertmesh.core.domain.deployment import ModelDeployment
-from expertmesh.core.domain.fleet import ExternalRoute
+from expertmesh.core.domain.fleet import ExternalRoute, Parallelism
 from expertmesh.core.domain.hardware import Pool
-from expertmesh.core.domain.model_shape import Dtype, ModelShape
+from expertmesh.core.domain.model_shape import ModelShape
 from expertmesh.core.domain.slo import Slo
 from expertmesh.core.planner.candidates import balances
 from expertmesh.core.planner.engine_arguments import eplb_arguments
 from expertmesh.errors import ManifestError
-from expertmesh.spec.auto_parallelism import Chosen, Wanted, choose
+from expertmesh.spec.auto_parallelism import Chosen, Wanted, choose, kv_format
 from expertmesh.spec.catalog import models as known_models
 from expertmesh.spec.deployment import DeploymentManifest, ParallelismManifest
 from expertmesh.spec.manifest import explain, refuse
@@ -78,7 +78,7 @@ def load_system(files: list[Path]) -> System:
         try:
             model, choice = _check_deployment(file, deployment, platform.pools)
             models.append(model)
-            if deployment.parallelism == "auto":
+            if deployment.parallelism == "auto" and deployment.pools:
                 chosen[model.name] = choice
         except ManifestError as error:
             problems.append(str(error))
@@ -129,7 +129,7 @@ def read_manifests(file: Path) -> list[DeploymentManifest | PlatformManifest]:
     try:
         documents = list(yaml.safe_load_all(file.read_text()))
     except FileNotFoundError:
-        raise ManifestError(f"{file}: no such file; check the path after -f") from None
+        raise ManifestError(f"{file}: no such file; check the path") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ManifestError(f"{file}: cannot be read: {error}") from None
     except yaml.YAMLError as error:
@@ -192,7 +192,9 @@ def _check_deployment(
                 deployment.model.max_model_len,
                 f"is above the model's own limit; write at most {longest}",
             )
-    if isinstance(deployment.parallelism, ParallelismManifest):
+    if not deployment.pools:
+        chosen = Chosen(Parallelism(tensor=1, data=1, expert=1))
+    elif isinstance(deployment.parallelism, ParallelismManifest):
         parallelism = deployment.parallelism
         chosen = Chosen(parallelism.to_core(), eplb_arguments(parallelism.redundant_experts))
     else:
@@ -215,7 +217,7 @@ def _check_deployment(
 def _choose(
     file: str, deployment: DeploymentManifest, shape: ModelShape | None, pools: tuple[Pool, ...]
 ) -> Chosen:
-    source = deployment.model.source
+    source = deployment.model.source or ""
     if shape is None:
         known = known_models().get(source)
         if known is None:
@@ -229,13 +231,12 @@ def _choose(
         overrides = deployment.model.shape
         shape = read_shape(known.config, overrides) if overrides else known.shape
     slo = deployment.scaling.slo
-    fp8_cache = str(deployment.engine.get("kv_cache_dtype", "auto")).startswith("fp8")
     wanted = Wanted(
         source=source,
         shape=shape,
         max_model_len=deployment.model.max_model_len,
         slo=Slo(slo.ttft_s, slo.tpot_s, slo.attainment),
-        kv=Dtype.FP8 if fp8_cache else Dtype.BF16,
+        kv=kv_format(deployment.engine),
     )
     try:
         return choose(wanted, pools)

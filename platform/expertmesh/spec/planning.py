@@ -98,6 +98,17 @@ def checkpoints_named(name: str, context_tokens: int | None = None) -> tuple[Che
     return tuple(found.values())
 
 
+def unknown_name(name: str) -> ManifestError:
+    """For a model that is neither a path nor a Hugging Face id, nor named in the catalogue."""
+    names = list(dict.fromkeys(known.name for known in models().values()))
+    close = difflib.get_close_matches(name, names, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(names)}"
+    return ManifestError(
+        f"{name}: the catalogue has no such model; {hint} "
+        "Or write ./<folder>, or <maker>/<model> of Hugging Face"
+    )
+
+
 def _lowest(accelerator: Accelerator, offers: Iterable[Price]) -> Price | None:
     offers = tuple(offers)
     for market in (PriceMarket.ON_DEMAND, PriceMarket.SPOT, PriceMarket.OWNED):

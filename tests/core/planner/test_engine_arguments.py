@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helm.generate_schema import Workers
 
 from expertmesh.core.domain.model_shape import Dtype
 from expertmesh.core.perf.layout import Layout
 from expertmesh.core.planner.candidates import SMALL_STEP_TOKENS, Backend
 from expertmesh.core.planner.engine_arguments import (
+    chart_values,
     engine_settings,
     eplb_arguments,
     vllm_serve_arguments,
@@ -120,6 +122,16 @@ def test_resources_are_of_a_node() -> None:
     rack = pool("GB300", per_node=4)
     node = engine_settings(group(WIDE, rack), rack).node
     assert node.gpus == 4 and node.cpus >= 4 and node.shared_memory_bytes > 2**30
+
+
+@pytest.mark.parametrize("key", [WIDE, NARROW])
+def test_the_chart_takes_the_resources_of_its_workers(key: tuple[Layout, str, int | None]) -> None:
+    settings = engine_settings(group(key, pool()), pool())
+    values = chart_values(settings, "h200")
+    worker = Workers.model_validate(values["ray"]["workers"]["h200"])
+    assert worker.env == settings.environment
+    assert worker.sharedMemory == "16Gi"
+    assert worker.resources is not None and worker.resources.requests["cpu"] == "32"
 
 
 def test_the_command_line_says_the_same() -> None:

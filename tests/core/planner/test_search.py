@@ -3,6 +3,7 @@
 import re
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from expertmesh.core.domain.model_shape import Dtype, FullAttention, LatentAtten
 from expertmesh.core.perf.layout import Layout
 from expertmesh.core.planner.availability import availability, groups_for
 from expertmesh.core.planner.candidates import (
+    SMALL_STEP_TOKENS,
     Backend,
     Candidate,
     Constraint,
@@ -54,7 +56,7 @@ def pool(gpu: str = "H200", nodes: int = 4, price: float = 3.0, per_node: int = 
     return GpuPool(gpu.lower(), accelerators()[gpu], per_node, nodes, price, "on-demand")
 
 
-def question(*sources: str, **changes: object) -> Question:
+def question(*sources: str, **changes: Any) -> Question:
     targets = replace(TARGETS, **{k: v for k, v in changes.items() if hasattr(TARGETS, k)})
     rest = {k: v for k, v in changes.items() if not hasattr(TARGETS, k)}
     return replace(Question(tuple(map(checkpoint, sources)), targets), **rest)
@@ -146,6 +148,15 @@ def test_of_equal_prices_the_smaller_group_wins() -> None:
                 assert loser.usd_per_mtok > plan.usd_per_mtok.expected
 
 
+def test_steps_keep_vllms_size_unless_less_pays() -> None:
+    """Kimi K3 fits on 64 H100 only while a step holds few tokens of each rank."""
+    assert planned(question(QWEN_SMALL), pool()).serving_group.batched_tokens is None
+    targets = replace(TARGETS, context_tokens=32768)
+    tight = planned(replace(question("moonshotai/Kimi-K3"), targets=targets), pool("H100", nodes=8))
+    assert tight.serving_group.batched_tokens == SMALL_STEP_TOKENS
+    assert tight.serving_group.memory.limits.batched_tokens == SMALL_STEP_TOKENS
+
+
 def test_losers_say_by_what_they_lost() -> None:
     plan = planned(question(V3, QWEN_FP8), pool())
     assert plan.runners_up
@@ -176,6 +187,40 @@ def test_it_takes_less_than_two_seconds_of_one_core() -> None:
     started_s = time.process_time()
     planned(question(*sources), pool("H200", nodes=8))
     assert time.process_time() - started_s < 2.0
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(sorted(models())),
+    st.sampled_from(("A100", "H100", "B200", "MI300X")),
+    st.integers(1, 3),
+    st.integers(1, 6000),
+    st.integers(1, 3000),
+    st.floats(0.1, 10.0),
+    st.floats(0.01, 0.3),
+    st.sampled_from(list(Objective)),
+)
+def test_every_answer_keeps_the_targets_or_names_what_is_nearest(
+    source: str,
+    gpu: str,
+    nodes: int,
+    prompt: int,
+    answer: int,
+    ttft_s: float,
+    tpot_s: float,
+    objective: Objective,
+) -> None:
+    context = min(models()[source].shape.max_position_embeddings, 16384)
+    targets = Targets(context, prompt, answer, ttft_s, tpot_s)
+    found = search(Question((checkpoint(source),), targets, objective), pool(gpu, nodes=nodes))
+    if isinstance(found, NoPlan):
+        assert found.problem and found.nearest and all(found.nearest)
+        return
+    group = found.serving_group
+    assert group.tpot_s.expected <= tpot_s and group.ttft_s.expected <= ttft_s
+    assert group.memory.fits and found.users >= 1 and found.gpus <= nodes * 8
+    assert group.users * (prompt + answer) <= group.kv_tokens * 1.05 + 16 * group.users
+    assert found.tokens_per_s.low > 0
 
 
 # --- vLLM's rules ---
@@ -387,8 +432,8 @@ def test_a_shorter_context_is_offered_where_it_fits() -> None:
     assert found, none.nearest
     context = int(found[1].replace(",", ""))
     shorter = question(DENSE, context_tokens=context, input_tokens=500, output_tokens=100)
-    none = search(shorter, pool("H100", nodes=1, per_node=2))
-    assert not isinstance(none, NoPlan) or none.constraint is not Constraint.MEMORY
+    answer = search(shorter, pool("H100", nodes=1, per_node=2))
+    assert not isinstance(answer, NoPlan) or answer.constraint is not Constraint.MEMORY
 
 
 @pytest.mark.parametrize(("target", "name"), [("tpot_s", "TPOT"), ("ttft_s", "TTFT")])
@@ -398,6 +443,12 @@ def test_a_target_that_nobody_meets_names_one_that_is_met(target: str, name: str
     found = re.search(rf"a {name} of ([\d.]+) s is possible", none.nearest[0])
     assert found, none.nearest
     assert isinstance(search(question(V3, **{target: float(found[1])}), pool()), Plan)
+
+
+def test_a_model_that_names_no_longest_context_has_any() -> None:
+    known = checkpoint(QWEN_SMALL)
+    open_ended = replace(known, shape=replace(known.shape, max_position_embeddings=0))
+    assert isinstance(search(Question((open_ended,), TARGETS), pool()), Plan)
 
 
 def test_a_gpu_that_cannot_work_with_the_format() -> None:
@@ -423,7 +474,7 @@ def test_a_gpu_that_cannot_work_with_the_format() -> None:
     ],
 )
 def test_nonsense_is_refused(
-    changes: dict[str, object], constraint: Constraint, words: str, nearest: str
+    changes: dict[str, Any], constraint: Constraint, words: str, nearest: str
 ) -> None:
     none = refused(question(V3, **changes), pool())
     assert none.constraint is constraint
@@ -436,7 +487,7 @@ def test_prices_below_nothing_are_refused(price: float) -> None:
 
 
 @pytest.mark.parametrize("change", [{"gpus_per_node": 0}, {"max_nodes": 0}])
-def test_pools_without_gpus_are_refused(change: dict[str, int]) -> None:
+def test_pools_without_gpus_are_refused(change: dict[str, Any]) -> None:
     assert refused(question(V3), replace(pool(), **change)).constraint is Constraint.ROOM
 
 

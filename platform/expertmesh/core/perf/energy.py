@@ -6,8 +6,7 @@ from expertmesh.core.domain.accelerator import Accelerator, Era
 
 JOULES_PER_WH = 3600.0
 WORLD_GRID_G_PER_KWH = 473.0
-"""CO2 of electricity, world mean of 2024 (Ember, Global Electricity Review 2025; recalled,
-unverified)."""
+"""CO2 of electricity, world mean of 2024 (Ember Review 2025; recalled, unverified)."""
 IDLE_SHARE = 0.15
 """Of TDP that a GPU draws while no step runs; unverified, a guess between idle reports."""
 

@@ -39,14 +39,22 @@ class Fabric:
     exchange: Exchange = Exchange.DEEP_EP
     link_latency_s: float = LINK_LATENCY_S
     nic_latency_s: float = NIC_LATENCY_S
+    copies_alone: bool = False
+    """Every copy travels alone in prefill too, as with DeepEP's low-latency kernels."""
 
     @classmethod
-    def of(cls, accelerator: Accelerator, exchange: Exchange = Exchange.DEEP_EP) -> Self:
+    def of(
+        cls,
+        accelerator: Accelerator,
+        exchange: Exchange = Exchange.DEEP_EP,
+        copies_alone: bool = False,
+    ) -> Self:
         return cls(
             link_bytes_per_s=accelerator.link_bytes_per_s * LINK_SHARE,
             link_domain=accelerator.link_domain,
             nic_bytes_per_s=accelerator.nic_bytes_per_s * NIC_SHARE,
             exchange=exchange,
+            copies_alone=copies_alone,
         )
 
     def domains(self, gpus: int) -> int:

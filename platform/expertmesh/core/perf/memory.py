@@ -268,7 +268,8 @@ def _dtype_refusal(shape: ModelShape, accelerator: Accelerator, kv: Dtype) -> Re
 
 def _context_refusal(shape: ModelShape, context_tokens: int | None) -> Refusal | None:
     longest = shape.max_position_embeddings
-    if context_tokens is None or 1 <= context_tokens <= longest:
+    # 0: the config does not say.
+    if context_tokens is None or 1 <= context_tokens <= (longest or context_tokens):
         return None
     return Refusal(
         Reason.CONTEXT,

@@ -240,7 +240,7 @@ def _network_s(
     dispatched = width * _dispatch_bytes(accelerator, shape.quantisation.experts)
     combined = width * Dtype.BF16.bytes_per_element
     copies: float = experts.per_token
-    if tokens.prefill:
+    if tokens.prefill and not fabric.copies_alone:
         limit = experts.groups_per_token if experts.groups > 1 else None
         copies = expected_domains(experts.per_token, fabric.domains(layout.expert), limit)
     one_way = [

@@ -78,6 +78,20 @@ def vllm_serve_arguments(group: GroupPlan, source: str, kv: Dtype = Dtype.BF16) 
     return arguments
 
 
+def chart_values(settings: EngineSettings, pool: str) -> dict[str, Any]:
+    """For the chart, whose pools bring their GPUs by themselves."""
+    node = settings.node
+    worker: dict[str, Any] = {
+        "sharedMemory": f"{node.shared_memory_bytes // 2**30}Gi",
+        "resources": {
+            "requests": {"cpu": str(node.cpus), "memory": f"{node.memory_bytes // 2**30}Gi"}
+        },
+    }
+    if settings.environment:
+        worker["env"] = dict(settings.environment)
+    return {"ray": {"workers": {pool: worker}}}
+
+
 def eplb_arguments(redundant_experts: int) -> dict[str, Any]:
     """None without copies: moving experts alone gains little, and must still be watched."""
     if not redundant_experts:

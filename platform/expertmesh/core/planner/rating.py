@@ -70,7 +70,7 @@ def rate(candidate: Candidate, pool: GpuPool, targets: Targets, kv: Dtype) -> Ra
         candidate.checkpoint.shape,
         pool.accelerator,
         candidate.layout,
-        Fabric.of(pool.accelerator, candidate.backend.exchange),
+        Fabric.of(pool.accelerator, candidate.backend.exchange, candidate.backend.low_latency),
         kv=kv,
         overlap=candidate.backend.overlaps,
     )

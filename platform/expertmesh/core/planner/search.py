@@ -293,7 +293,14 @@ def _best(options: list[_Option], objective: Objective) -> _Option:
         return min(options, key=_order(objective))
     least = min(option.gpu_s_per_token for option in options)
     equal = [o for o in options if o.gpu_s_per_token <= least * (1 + EQUAL_SHARE)]
-    return min(equal, key=lambda option: (option.largest_group, option.gpu_s_per_token))
+    return min(
+        equal,
+        key=lambda option: (
+            option.largest_group,
+            option.rated.candidate.batched_tokens is not None,
+            option.gpu_s_per_token,
+        ),
+    )
 
 
 def _plan(
