@@ -119,7 +119,7 @@ def test_figures_stay_whole_on_every_terminal(width: int) -> None:
     output = console.export_text()
     assert max(map(len, output.splitlines())) <= width
     assert "…" not in output
-    table = output.partition("prices:")[0]
+    table = output.partition("price H100")[0]
     for plan in (answer.plan for answer in answers):
         assert isinstance(plan, Plan)
         assert f"{plan.usd_per_hour:,.2f}" in table
@@ -285,6 +285,17 @@ def test_a_model_that_others_serve_needs_no_plan(tmp_path: Path) -> None:
         "usd_per_mtok_out: 2}}\n"
     )
     assert "nothing to plan" in refusal(str(file))
+
+
+def test_a_usual_request_fits_in_a_short_context(files: tuple[str, str]) -> None:
+    manifest, platform = files
+    Path(manifest).write_text(MANIFEST.replace("16384", "1000"))
+    (plan,) = plans(manifest, "--platform", platform)
+    targets = plan["targets"]
+    assert (targets["input_tokens"], targets["output_tokens"]) == (800, 200)
+    (told,) = plans(QWEN, "--pool", "H100", "--input", "40000", "--output", "1000")
+    assert told["targets"]["context_tokens"] == 41000
+    assert plans(QWEN, "--pool", "H100")[0]["targets"]["input_tokens"] == 2000
 
 
 def test_a_cache_in_fp8_holds_more(files: tuple[str, str]) -> None:

@@ -27,6 +27,9 @@ LABEL_VALUES = {
     "state": ("starting", "ready", "draining", "lost"),
     "action": ("add", "drain", "hold"),
     "gateway": ("gateway-1",),
+    "reason": ("queue_full", "no_capacity"),
+    "priority": ("interactive", "batch"),
+    "kind": ("requests_per_min", "usd_per_day"),
     "expert": tuple(str(number) for number in range(16)),
 }
 

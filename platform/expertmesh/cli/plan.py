@@ -26,7 +26,7 @@ from expertmesh.core.planner.question import (
 )
 from expertmesh.core.planner.search import search
 from expertmesh.errors import ExpertMeshError, ManifestError
-from expertmesh.spec.auto_parallelism import kv_format
+from expertmesh.spec.auto_parallelism import kv_format, usual_request
 from expertmesh.spec.catalog_hardware import accelerators
 from expertmesh.spec.deployment import DeploymentManifest
 from expertmesh.spec.load import read_manifests
@@ -88,8 +88,12 @@ def plan(
     context_tokens: Annotated[
         int | None, typer.Option("--context", help="Longest sequence, in tokens.")
     ] = None,
-    input_tokens: Annotated[int, typer.Option("--input", help="Tokens of a usual prompt.")] = 2000,
-    output_tokens: Annotated[int, typer.Option("--output", help="Tokens of an answer.")] = 500,
+    input_tokens: Annotated[
+        int | None, typer.Option("--input", help="Tokens of a usual prompt; else 2000.")
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option("--output", help="Tokens of its answer; else 500.")
+    ] = None,
     ttft_s: Annotated[
         float | None, typer.Option("--ttft", help="Seconds to the first token, on average.")
     ] = None,
@@ -125,9 +129,17 @@ def plan(
         own = _read_platform(platform)
         subjects: list[Subject] = []
         for model in models:
-            subject, beside = _subject(model, context_tokens, input_tokens, output_tokens)
+            least = (input_tokens or 0) + (output_tokens or 0)
+            subject, beside = _subject(model, context_tokens, least)
             own = own or beside
-            targets = replace(subject.targets, users=users, spare_groups=spare)
+            prompt, answer = usual_request(max(2, subject.targets.context_tokens))
+            targets = replace(
+                subject.targets,
+                input_tokens=prompt if input_tokens is None else input_tokens,
+                output_tokens=answer if output_tokens is None else output_tokens,
+                users=users,
+                spare_groups=spare,
+            )
             targets = replace(
                 targets,
                 ttft_s=targets.ttft_s if ttft_s is None else ttft_s,
@@ -173,13 +185,13 @@ def _read_platform(file: Path | None) -> PlatformManifest | None:
 
 
 def _subject(
-    model: str, context_tokens: int | None, input_tokens: int, output_tokens: int
+    model: str, context_tokens: int | None, least_tokens: int
 ) -> tuple[Subject, PlatformManifest | None]:
     """And the platform that the same file describes."""
     targets = Targets(
         context_tokens=0,
-        input_tokens=input_tokens,
-        output_tokens=output_tokens,
+        input_tokens=0,
+        output_tokens=0,
         ttft_s=2.0,
         tpot_s=0.05,
     )
@@ -233,7 +245,7 @@ def _subject(
         checkpoints = (Checkpoint(model, loaded.shape),)
         warnings = (loaded.warning,) if loaded.warning else ()
     longest = max(checkpoint.shape.max_position_embeddings for checkpoint in checkpoints)
-    wanted = max(USUAL_CONTEXT, input_tokens + output_tokens)
+    wanted = max(USUAL_CONTEXT, least_tokens)
     context = context_tokens or min(wanted, longest or wanted)
     reading = tuple(
         checkpoint

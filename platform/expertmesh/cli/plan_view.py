@@ -18,6 +18,7 @@ from expertmesh.core.planner.engine_arguments import (
 )
 from expertmesh.core.planner.plan import GroupPlan, NoPlan, Plan
 from expertmesh.core.planner.question import GpuPool, Targets
+from expertmesh.spec.planning import OWN_PRICE
 
 if TYPE_CHECKING:
     from expertmesh.cli.plan import Answer
@@ -44,7 +45,7 @@ def render(
         own = [answer for answer in answers if id(answer.subject) == subject]
         parts.append(_table(own, width))
         parts += [Text(f"  {w}", style="yellow") for w in own[0].subject.warnings]
-        parts += [Text(f"  {line}") for line in _prices(own)]
+        parts.append(_prices(own))
         for answer in own:
             if isinstance(answer.plan, NoPlan):
                 parts.append(_refusal(answer.plan))
@@ -152,14 +153,16 @@ def _layout(group: GroupPlan) -> str:
     return " ".join(part for part in parts if part)
 
 
-def _prices(answers: Sequence["Answer"]) -> list[str]:
+def _prices(answers: Sequence["Answer"]) -> Table:
     pools = {answer.plan.pool.name: answer.plan.pool for answer in answers}
-    lines = [
-        f"{pool.name} {_price(pool)}"
-        for pool in pools.values()
-        if pool.price_note != "from the platform file"
-    ]
-    return [f"prices: {'; '.join(lines)}"] if lines else []
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for pool in pools.values():
+        if pool.price_note != OWN_PRICE:
+            style = "yellow" if "STALE" in pool.price_note else ""
+            grid.add_row(Text(f"  price {pool.name}"), Text(_price(pool), style=style))
+    return grid
 
 
 def _price(pool: GpuPool) -> str:

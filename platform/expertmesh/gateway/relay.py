@@ -1,5 +1,6 @@
 """Takes calls to ranks: which, with what bytes, how often; and watches all that are under way."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Final
@@ -22,6 +23,8 @@ from expertmesh.gateway.rank_connection import Origin, RankPool
 
 if TYPE_CHECKING:
     from expertmesh.gateway.settlement import Settlement
+
+_log = logging.getLogger(__name__)
 
 _MOST_TARGETS: Final = 10_000
 
@@ -163,7 +166,11 @@ class Relay:
         self.settlement.stream_went_on(call)
 
     def settle(self, call: Call) -> None:
-        self.settlement.settle(call)
+        try:
+            self.settlement.settle(call)
+        except Exception:
+            # Whatever is wrong with the books, the client gets its answer.
+            _log.exception("request %s: could not be settled", call.id)
 
     def cost_line(self, call: Call) -> bytes:
         if not call.endpoint.metered:

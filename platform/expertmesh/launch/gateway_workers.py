@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -53,9 +54,16 @@ _LIMITS: Final = -1
 """Place of the process that counts for all workers."""
 
 
+def _raise_file_limit() -> None:
+    """Each stream has two sockets, and the usual soft limit of 1,024 is meant for `select`."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def run_gateway(settings: GatewaySettings) -> None:
     """Until SIGTERM or SIGINT. Raises SetupError or UpstreamUnavailable when it cannot start."""
     log_to_stderr()
+    _raise_file_limit()
     config = settings.config
     if config.workers == 1:
         run_worker(settings, listen(config.host, config.port))

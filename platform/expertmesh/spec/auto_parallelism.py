@@ -50,6 +50,14 @@ class Wanted:
     kv: Dtype = Dtype.BF16
 
 
+def usual_request(context_tokens: int) -> tuple[int, int]:
+    """Tokens of a prompt and of its answer, which fit in this context of at least 2."""
+    whole = INPUT_TOKENS + OUTPUT_TOKENS
+    length = min(whole, context_tokens)
+    answer = max(1, length * OUTPUT_TOKENS // whole)
+    return length - answer, answer
+
+
 def kv_format(engine: Mapping[str, Any]) -> Dtype:
     """Of the cache, by a manifest's engine arguments."""
     named = str(engine.get("kv_cache_dtype", "auto"))
@@ -66,14 +74,13 @@ def choose(wanted: Wanted, pools: tuple[Pool, ...]) -> Chosen:
         return _on_cpus(wanted.shape, pools)
     if len(with_gpus) < len(pools):
         raise ManifestError("some of its pools have GPUs and some have none; choose one kind")
-    length = min(INPUT_TOKENS + OUTPUT_TOKENS, wanted.max_model_len)
-    output = max(1, length * OUTPUT_TOKENS // (INPUT_TOKENS + OUTPUT_TOKENS))
+    prompt, answer = usual_request(wanted.max_model_len)
     question = Question(
         checkpoints=(Checkpoint(wanted.source, wanted.shape),),
         targets=Targets(
             context_tokens=wanted.max_model_len,
-            input_tokens=length - output,
-            output_tokens=output,
+            input_tokens=prompt,
+            output_tokens=answer,
             ttft_s=wanted.slo.ttft_s,
             tpot_s=wanted.slo.tpot_s,
         ),

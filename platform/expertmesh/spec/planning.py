@@ -12,6 +12,7 @@ from expertmesh.errors import ManifestError
 from expertmesh.spec.catalog import models
 from expertmesh.spec.catalog_hardware import accelerators, prices
 
+OWN_PRICE = "from the platform file"
 NODES = 8
 """Of a pool that is only a kind of GPU."""
 RACK_GPUS_PER_NODE = 4
@@ -28,7 +29,7 @@ def platform_pool(pool: Pool) -> GpuPool:
         max_nodes=pool.max_nodes,
         usd_per_gpu_hour=pool.usd_per_node_hour / pool.accelerators_per_node,
         market=pool.market.value,
-        price_note="from the platform file",
+        price_note=OWN_PRICE,
     )
 
 

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from expertmesh.core.domain.accelerator import Accelerator, Era
 from expertmesh.core.domain.model_shape import Dtype, FullAttention, LatentAttention
+from expertmesh.core.perf.fabric import Exchange, Fabric
 from expertmesh.core.perf.layout import Layout
+from expertmesh.core.perf.step_time import prefill_step
 from expertmesh.core.planner.availability import availability, groups_for
 from expertmesh.core.planner.candidates import (
     SMALL_STEP_TOKENS,
@@ -339,6 +341,21 @@ def test_groups_apart_keep_one_another_busy() -> None:
     assert reader.tokens_per_s.expected * (reader.count - 1) < prompts_per_s
     assert reader.users == 0 and reader.ttft_s.expected <= TARGETS.ttft_s
     assert plan.gpus == reader.count * reader.gpus + writer.count * writer.gpus <= 64
+    assert "not counted" in " ".join(plan.notes)
+
+
+def test_low_latency_kernels_send_every_copy_of_a_prompt_alone() -> None:
+    """Which is why they rarely suit groups that also read prompts."""
+    layout = Layout(1, 32, 32, 32)
+    gpu = accelerators()["H200"]
+    alone, joined = (
+        prefill_step(
+            models()[V3].shape, gpu, layout, Fabric.of(gpu, Exchange.DEEP_EP, copies), 256, 2000
+        )
+        for copies in (True, False)
+    )
+    assert alone.network_s > joined.network_s
+    assert alone.experts_s == joined.experts_s
 
 
 # --- users and spare groups ---
@@ -369,10 +386,14 @@ def test_a_spare_group_favours_small_groups() -> None:
 def test_more_users_than_the_pool_can_serve() -> None:
     none = refused(question(QWEN_SMALL, users=1_000_000), pool())
     assert none.constraint is Constraint.ROOM
-    found = re.search(r"for ([\d,]+) users", " ".join(none.nearest))
+    found = re.search(r"([\d,]+) users in \d+ groups, or (\d+) nodes", none.nearest[0])
     assert found
-    possible = int(found[1].replace(",", ""))
+    possible, nodes = int(found[1].replace(",", "")), int(found[2])
     assert planned(question(QWEN_SMALL, users=possible), pool()).users == possible
+    assert isinstance(search(question(QWEN_SMALL, users=1_000_000), pool(nodes=nodes)), Plan)
+    # Of all that have too little room, the one that serves most is named.
+    for users in (possible * 2, possible + possible // 4):
+        assert isinstance(search(question(QWEN_SMALL, users=users), pool()), NoPlan)
 
 
 def test_groups_for_users() -> None:

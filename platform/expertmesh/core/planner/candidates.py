@@ -118,7 +118,8 @@ class RuledOut:
     problem: str
     possible: str = ""
     missing: float = float("inf")
-    """By how much, to find the nearest: bytes over the group, or the least seconds reached."""
+    """By how much, to find the nearest: bytes over the group, the least seconds reached, or less
+    the users that there is room for."""
 
     @property
     def key(self) -> tuple[Layout, str, int | None]:

@@ -226,13 +226,15 @@ def _nonsense(question: Question, pool: GpuPool) -> NoPlan | None:
 def _together(rated: Rated, pool: GpuPool, targets: Targets) -> _Option | RuledOut:
     groups = groups_for(targets.users, rated.users, targets.spare_groups)
     if groups * rated.gpus > pool.max_gpus:
+        room = pool.max_gpus // rated.gpus
+        users = max(0, room - targets.spare_groups) * rated.users
+        nodes = -(-groups * rated.gpus // pool.gpus_per_node)
         return RuledOut(
             rated.candidate,
             Constraint.ROOM,
             f"{groups} groups of {rated.gpus} GPUs; the pool has {pool.max_gpus}",
-            f"{pool.max_gpus // rated.gpus} groups, for "
-            f"{max(0, pool.max_gpus // rated.gpus - targets.spare_groups) * rated.users:,} users",
-            missing=groups * rated.gpus - pool.max_gpus,
+            f"{users:,} users in {room} groups, or {nodes} nodes for all",
+            missing=-users,
         )
     full = (groups - targets.spare_groups) * rated.users
     users = full if targets.users is None else targets.users
@@ -315,6 +317,9 @@ def _plan(
     largest = max(winner.parts, key=lambda part: part[0].gpus)[0]
     shape = winner.rated.candidate.checkpoint.shape
     spread = widened(shape, pool.accelerator)
+    apart = None
+    if winner.serving is Serving.APART:
+        apart = "the time that caches take from group to group is not counted"
     return Plan(
         pool=pool,
         checkpoint=winner.rated.candidate.checkpoint,
@@ -331,7 +336,7 @@ def _plan(
             sum(count for _, count in winner.parts), largest.gpus, winner.spare_groups
         ),
         why=_why(winner, allowed, question.objective),
-        notes=(spread,) if spread else (),
+        notes=tuple(note for note in (spread, apart) if note),
         runners_up=_runners_up(winner, found.options, question),
         ruled_out=_nearest_of_each(found.ruled_out),
         considered=found.considered,
