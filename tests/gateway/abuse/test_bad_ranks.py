@@ -78,6 +78,8 @@ class Script:
                     while True:
                         writer.write(self.fills)
                         await writer.drain()
+                        # Full speed would leave this loop no time for the client.
+                        await asyncio.sleep(0.001)
                 if self.closes:
                     break
         except (ConnectionError, asyncio.IncompleteReadError):
