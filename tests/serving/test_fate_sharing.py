@@ -53,8 +53,8 @@ def test_the_child_dies_with_its_owner(number: signal.Signals) -> None:
     with owner_and_child() as (owner, child):
         assert child.is_running()
         owner.send_signal(number)
-        owner.wait(5)
-        child.wait(5)
+        owner.wait(30)
+        child.wait(30)
 
 
 def test_the_owner_outlives_its_child() -> None:
@@ -69,8 +69,8 @@ def test_one_whose_owner_is_gone_already_dies_at_once() -> None:
     with owner_and_child() as (owner, child):
         variable = child.environ()["EXPERTMESH_OWNER"]
         owner.kill()
-        owner.wait(5)
-        child.wait(5)
+        owner.wait(30)
+        child.wait(30)
     assert run_with_owner(variable) == -signal.SIGKILL
 
 

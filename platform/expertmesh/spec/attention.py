@@ -19,7 +19,8 @@ AttentionOf = Callable[[ConfigReader, int], tuple[Attention, ...]]
 def grouped_query(
     *, qkv_bias: bool = False, o_bias: bool = False, sinks: bool = False, qk_norm: str = ""
 ) -> AttentionOf:
-    """`qk_norm`: "head" for one over a head, "layer" for one over all heads, "" for none."""
+    """`qk_norm`: "head" for one over a head, "layer" for one over all heads, "" for what the config
+    says."""
 
     def read(config: ConfigReader, layers: int) -> tuple[Attention, ...]:
         heads, kv_heads, head_dim = _heads(config)
@@ -30,9 +31,10 @@ def grouped_query(
             extras += config.positive("hidden_size")
         if sinks:
             extras += heads
-        if qk_norm == "head":
+        norm = qk_norm or ("head" if config.flag("use_qk_norm") else "")
+        if norm == "head":
             extras += 2 * head_dim
-        elif qk_norm == "layer":
+        elif norm == "layer":
             extras += (heads + kv_heads) * head_dim
         windowed, window = _windowed_layers(config, layers)
         whole = FullAttention(

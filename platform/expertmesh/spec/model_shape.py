@@ -55,6 +55,7 @@ _FAMILIES: dict[str, _Family] = {
     "LlamaForCausalLM": _Family(grouped_query()),
     "MistralForCausalLM": _Family(grouped_query()),
     "Qwen2ForCausalLM": _Family(grouped_query(qkv_bias=True)),
+    "Qwen2MoeForCausalLM": _Family(grouped_query(qkv_bias=True), shared_gate=True),
     "Qwen3ForCausalLM": _Family(grouped_query(qk_norm="head")),
     "Qwen3VLForConditionalGeneration": _Family(grouped_query(qk_norm="head")),
     "Qwen3MoeForCausalLM": _Family(grouped_query(qk_norm="head")),
