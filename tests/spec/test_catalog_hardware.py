@@ -10,7 +10,6 @@ from expertmesh.core.domain.accelerator import (
     PRICE_LASTS_S,
     Price,
     PriceMarket,
-    overridden,
     prices_of,
     stale,
 )
@@ -22,6 +21,7 @@ from expertmesh.spec.catalog_hardware import (
     read_accelerators,
     read_prices,
 )
+from expertmesh.spec.planning import catalog_pool
 from expertmesh.spec.platform import PlatformManifest
 
 DAY_S = 86400.0
@@ -133,15 +133,12 @@ def test_a_price_is_stale_after_ninety_days() -> None:
     assert PRICE_LASTS_S == 90 * DAY_S
 
 
-def test_own_prices_replace_those_of_the_same_gpu_and_market() -> None:
-    [own] = read_own(price(usd_per_hour=1.0))
-    h100 = accelerators()["H100"]
-    merged = overridden(prices(), [own])
-    assert prices_of(merged, h100, PriceMarket.SPOT) == (own,)
-    others = (PriceMarket.ON_DEMAND, PriceMarket.OWNED)
-    for market in others:
-        assert prices_of(merged, h100, market) == prices_of(prices(), h100, market)
-    assert overridden(prices(), []) == prices()
+def test_a_price_of_ones_own_goes_before_all_of_the_catalogue() -> None:
+    own = read_own(price(usd_per_hour=99.0))
+    found = catalog_pool("H100", 0.0, own)
+    assert (found.usd_per_gpu_hour, found.market) == (99.0, own[0].market.value)
+    assert catalog_pool("H200", 0.0, own) == catalog_pool("H200", 0.0)
+    assert catalog_pool("H100", 0.0).usd_per_gpu_hour < 99.0
 
 
 def test_the_platform_file_may_hold_prices() -> None:

@@ -402,13 +402,6 @@ class ClientConnection(asyncio.Protocol):
         self._streaming = self._chunked = False
         self._finish()
 
-    def break_off(self) -> None:
-        """The stream has no end that its protocol could show: the client must not take it for a
-        whole one."""
-        if not self.gone:
-            self._closing = True
-            self._transport.abort()
-
     # The server calls these.
 
     def close(self) -> None:

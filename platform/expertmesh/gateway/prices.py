@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from expertmesh.core.domain.fleet import ServedModel
-from expertmesh.core.metering.rating import pico_usd_per_token
+from expertmesh.core.metering.rating import pico_usd_per_token, price_pico_usd
 
 
 class Price(msgspec.Struct, frozen=True, gc=False):
@@ -18,10 +18,13 @@ class Price(msgspec.Struct, frozen=True, gc=False):
     completion_pico_usd: int
 
     def pico_usd(self, prompt: int, cached: int, completion: int) -> int:
-        return (
-            (prompt - cached) * self.prompt_pico_usd
-            + cached * self.cached_pico_usd
-            + completion * self.completion_pico_usd
+        return price_pico_usd(
+            self.prompt_pico_usd,
+            self.cached_pico_usd,
+            self.completion_pico_usd,
+            prompt,
+            cached,
+            completion,
         )
 
     def most_pico_usd(self, prompt: int, completion: int) -> int:

@@ -13,11 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import URL, Connection, event, make_url, text
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.sql.dml import Insert
-from sqlalchemy.sql.schema import Table
 
 from expertmesh.errors import ExpertMeshError, SetupError, UpstreamUnavailable
 from expertmesh.store.migrations.upgrade import is_current, upgrade_to_head
@@ -78,12 +75,6 @@ class Database:
         """Until the end of the transaction; SQLite's single writer has it already."""
         if connection.dialect.name == "postgresql":
             await _advisory_lock(connection, _JOURNAL_LOCK)
-
-    def insert_new(self, table: Table) -> Insert:
-        """An insert that leaves rows alone whose key exists."""
-        if self.engine.dialect.name == "postgresql":
-            return postgresql.insert(table).on_conflict_do_nothing()
-        return sqlite.insert(table).on_conflict_do_nothing()
 
 
 async def open_database(url: str, *, create: bool = True) -> Database:

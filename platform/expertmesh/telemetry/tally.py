@@ -48,9 +48,6 @@ class GaugeChild:
     def inc(self, amount: float = 1.0) -> None:
         self.value += amount
 
-    def dec(self, amount: float = 1.0) -> None:
-        self.value -= amount
-
 
 class HistogramChild:
     __slots__ = ("bounds", "counts", "exemplars", "sum")

@@ -78,14 +78,6 @@ def stale(price: Price, now_s: float) -> bool:
     return now_s - price.dated_s > PRICE_LASTS_S
 
 
-def overridden(prices: Iterable[Price], own: Iterable[Price]) -> tuple[Price, ...]:
-    """`prices` with one's own in place of all others of the same GPU and market."""
-    mine = tuple(own)
-    replaced = {(price.accelerator, price.market) for price in mine}
-    kept = (price for price in prices if (price.accelerator, price.market) not in replaced)
-    return (*kept, *mine)
-
-
 def prices_of(
     prices: Iterable[Price], accelerator: Accelerator, market: PriceMarket | None = None
 ) -> tuple[Price, ...]:
