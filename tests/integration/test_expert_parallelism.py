@@ -43,7 +43,7 @@ def no_process_left() -> Iterator[None]:
 @dataclass(frozen=True, slots=True)
 class Tolerance:
     logprob: float
-    """Largest mean difference of log-probabilities; with ties at 0, the largest of all."""
+    """Largest difference of log-probabilities; with `tie` above 0, the mean over all prompts."""
     tie: float = 0.0
     """Two tokens this close in the reference may swap, which ends the comparison of a prompt."""
 
@@ -153,7 +153,7 @@ def merge(ranks: list[Result]) -> Result:
 
 
 DTYPES = dict.fromkeys(ARCHITECTURES, "float32") | {"qwen3-next": "bfloat16"}
-TOLERANCES = dict.fromkeys(ARCHITECTURES, EXACT) | {"qwen3-next": Tolerance(logprob=0.15, tie=0.5)}
+TOLERANCES = dict.fromkeys(ARCHITECTURES, EXACT) | {"qwen3-next": Tolerance(logprob=0.13, tie=1.5)}
 
 
 @pytest.mark.slow
@@ -162,7 +162,8 @@ def test_architecture_over_two_ranks(
     architecture: str, outcomes: dict[str, dict[str, Any]]
 ) -> None:
     """In float32, exactly; except Qwen3-Next, whose convolution vLLM's CPU kernels have in bfloat16
-    only. There rounding may swap near ties and send tokens to other experts."""
+    only. There rounding may swap near ties and send tokens to other experts: transformers' own
+    bfloat16 is 0.06 from its float32 in the mean, and 0.19 with one expert of one layer zero."""
     reference = outcomes["transformers"][architecture]
     for layout in ("single", "tensor-rank", "data-rank"):
         problems = disagreements(
@@ -217,33 +218,31 @@ def disagreements(reference: Result, result: Result, tolerance: Tolerance) -> li
     expected = {tuple(entry["prompt"]): Completion(**entry) for entry in reference["completions"]}
     found = {tuple(entry["prompt"]): Completion(**entry) for entry in result["completions"]}
     problems = [] if expected.keys() == found.keys() else ["other prompts were answered"]
-    for prompt, completion in found.items():
-        problems += _disagreements(expected[prompt], completion, tolerance)
+    differences: list[float] = []
+    for prompt in expected.keys() & found.keys():
+        swap, differ = _compared(expected[prompt], found[prompt], tolerance.tie)
+        problems += [f"prompt of {len(prompt)}: {swap}"] if swap else []
+        differences += differ
+    off = sum(differences) / len(differences) if tolerance.tie else max(differences)
+    if off > tolerance.logprob:
+        problems.append(f"log-probabilities differ by {off:.6f}")
     return problems
 
 
-def _disagreements(expected: Completion, found: Completion, tolerance: Tolerance) -> list[str]:
-    problems = []
-    differences = []
+def _compared(expected: Completion, found: Completion, tie: float) -> tuple[str, list[float]]:
+    """What is wrong with the tokens, and the differences of log-probabilities up to there."""
+    differences: list[float] = []
     for position, (token, other) in enumerate(zip(expected.tokens, found.tokens, strict=True)):
-        likely, found_likely = expected.logprobs[position], found.logprobs[position]
+        likely: dict[Any, float] = expected.logprobs[position]  # JSON has made the tokens text.
+        found_likely = found.logprobs[position]
         differences += [
             abs(likely[t] - found_likely[t]) for t in likely.keys() & found_likely.keys()
         ]
         if token != other:
             gap = likely[str(token)] - likely.get(str(other), -math.inf)
-            if gap > tolerance.tie:
-                problems.append(
-                    f"prompt of {len(expected.prompt)}: token {position} is {other}, not {token}, "
-                    f"which is {gap:.4f} likelier"
-                )
-            break
-    worst = max(differences) if not tolerance.tie else sum(differences) / len(differences)
-    if worst > tolerance.logprob:
-        problems.append(
-            f"prompt of {len(expected.prompt)}: log-probabilities differ by {worst:.6f}"
-        )
-    return problems
+            swap = f"token {position} is {other}, not {token}, which is {gap:.4f} likelier"
+            return (swap if gap > tie else ""), differences
+    return "", differences
 
 
 def free_port() -> int:
