@@ -1,11 +1,23 @@
 """A model deployment: what the manifest says, as plain values."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from expertmesh.core.domain.fleet import ExternalRoute, Parallelism
 from expertmesh.core.domain.model_shape import ModelShape
+from expertmesh.core.domain.option import GroupOption
 from expertmesh.core.domain.slo import Slo
+
+
+class ScalingMode(StrEnum):
+    """What the controller does with its decisions about a model."""
+
+    OBSERVE = "observe"
+    """Measures and forecasts only; groups are left as they are."""
+    ADVISE = "advise"
+    """Also says what it would do, and does not do it."""
+    ACT = "act"
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +28,18 @@ class ScalingRules:
     """Queued and running requests that one group should carry."""
     up_delay_s: float
     """A higher need must last this long before a group is added."""
-    down_delay_s: float
-    """A lower need must last this long before a group is drained."""
+    down_delay_s: float | None
+    """A lower need must last this long before a group is drained; None: as long as starting it
+    again would take."""
     drain_deadline_s: float
     """A draining group with requests in flight is removed after this long."""
     usd_per_hour_budget: float | None
     """Groups of this model may not cost more than this together."""
+    usd_per_day_budget: float | None = None
+    """Nor more than this from one midnight (UTC) to the next."""
+    mode: ScalingMode = ScalingMode.ACT
+    priority: int = 0
+    """Where models compete for a pool or a budget, the higher one is served first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,3 +69,5 @@ class ModelDeployment:
     """Other names that clients may use."""
     external: tuple[ExternalRoute, ...] = ()
     """Providers that may serve it, in the order in which they are asked."""
+    options: tuple[GroupOption, ...] = ()
+    """The ways to run a group of it; at least one for each of its pools."""

@@ -22,6 +22,8 @@ class Pool:
     cpus_per_node: int
     min_nodes: int
     max_nodes: int
+    zone: str | None = None
+    """Where its nodes are; spot nodes of one zone are lost together. None: a zone of its own."""
 
     @property
     def workers_per_node(self) -> int:

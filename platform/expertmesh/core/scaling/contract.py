@@ -8,8 +8,16 @@ from enum import StrEnum
 from typing import Any
 
 from expertmesh.core.domain.deployment import ScalingRules
-from expertmesh.core.domain.fleet import GroupSpec, GroupState, Parallelism, Rank
+from expertmesh.core.domain.fleet import (
+    ExternalRoute,
+    GroupSpec,
+    GroupState,
+    Parallelism,
+    Rank,
+)
 from expertmesh.core.domain.hardware import Pool
+from expertmesh.core.domain.option import GroupOption
+from expertmesh.core.domain.slo import Slo
 from expertmesh.core.scaling.demand import Demand, GatewaySeen
 
 
@@ -45,6 +53,10 @@ class ScalingConfig:
     pools: tuple[Pool, ...]
     engine: dict[str, Any] = field(default_factory=dict)
     timing: Timing = Timing()
+    options: tuple[GroupOption, ...] = ()
+    slo: Slo = field(default_factory=Slo)
+    max_wait_s: float = 30.0
+    external: tuple[ExternalRoute, ...] = ()
 
 
 def workers_of(parallelism: Parallelism) -> int:
@@ -142,6 +154,25 @@ class RankSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupDoing:
+    """What a group's engines do and have done over the last `span_s`; sums over its ranks."""
+
+    at_s: float
+    """When its ranks said so."""
+    span_s: float
+    running: int
+    waiting: int
+    kv_usage: float
+    """0 to 1."""
+    uncached_prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    ttft_s: float | None = None
+    """Means over the requests that gateways saw in the span, without the wait in the gateway; None
+    when there were none."""
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GroupSeen:
     name: str
     application: ApplicationSeen | None
@@ -152,6 +183,10 @@ class GroupSeen:
     """As Serve has it; given only where the state does not say the same."""
     held_since_s: float | None = None
     """Start of its open entry in the ledger, for a group that is adopted."""
+    doing: GroupDoing | None = None
+    """None: not known."""
+    leaving_at_s: float | None = None
+    """When a node of it will be taken away, as its provider has announced."""
 
 
 @dataclass(frozen=True, slots=True)

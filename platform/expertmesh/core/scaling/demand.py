@@ -5,6 +5,20 @@ from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
+class Flow:
+    """Requests of one model through one gateway worker: means over the last `span_s`."""
+
+    span_s: float
+    arrivals_per_s: float = 0.0
+    arrived_prompt_tokens_per_s: float = 0.0
+    """Of the arrivals, as the gateway estimates them; cached ones included."""
+    finished_per_s: float = 0.0
+    uncached_prompt_tokens_per_s: float = 0.0
+    """Of the requests that finished, as engines report them; so are the output tokens."""
+    output_tokens_per_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class GatewaySeen:
     """The last report of one gateway worker, as far as one model is concerned."""
 
@@ -14,8 +28,11 @@ class GatewaySeen:
     knows_s: float | None
     """The report was sent by a gateway that had the fleet as of this time; None: no fleet yet."""
     queued: int = 0
+    queued_prompt_tokens: int = 0
     waking: int = 0
     oldest_wait_s: float = 0.0
+    flow: Flow | None = None
+    """None: not known, as after a single report."""
     in_flight: dict[str, int] = field(default_factory=dict)
     """By group."""
 

@@ -157,7 +157,7 @@ class _Turn:
         elif self.need > self.wanted:
             self._follow(WindowDirection.UP, self.rules.up_delay_s)
         elif self._why_not_down() is None:
-            self._follow(WindowDirection.DOWN, self.rules.down_delay_s)
+            self._follow(WindowDirection.DOWN, self.rules.down_delay_s or 0.0)
         else:
             # A need that cannot be seen does not hold.
             self.window = None
