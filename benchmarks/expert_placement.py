@@ -8,7 +8,7 @@ import argparse
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.figures import Conditions, Figure, Row
 from rich.console import Console
@@ -25,7 +25,7 @@ from expertmesh.core.planner.placement import (
     place,
     rank_loads,
 )
-from expertmesh.core.planner.redundancy import memory_bound_rate, redundancy
+from expertmesh.core.planner.redundancy import memory_bound_rate, redundancy, redundant_counts
 from expertmesh.core.planner.replan import replan
 
 EXPERTS = 256
@@ -323,11 +323,23 @@ def _gigabytes(experts: int, layers: int) -> str:
 
 def redundancy_figure(layers: int) -> Figure:
     rows: list[Row] = []
-    rate = memory_bound_rate(expert_share=0.4, kv_bytes=40 * 10**9, fixed_share=0.6)
+    slot_bytes = V3_LAYERS * V3_EXPERT_BYTES
     for ranks in (Ranks(16), Ranks(32), Ranks(72), Ranks(144)):
+        rate = memory_bound_rate(
+            expert_share=0.4,
+            kv_bytes=40 * 10**9,
+            fixed_share=0.6,
+            bytes_per_copy=slot_bytes / ranks.count,
+        )
         for exponent in (1.01, 1.5):
             loads = power_law(EXPERTS, layers, exponent)
-            found = redundancy(loads, V3_LAYERS * V3_EXPERT_BYTES, ranks, rate, 3)
+
+            def balance(redundant: int, loads: Loads = loads, ranks: Ranks = ranks) -> float:
+                placed = place(loads, replace(ranks, redundant=redundant), trials=1)
+                return balancedness(placed, loads)
+
+            counts = redundant_counts(EXPERTS, ranks.count, 3)
+            found = redundancy(counts, ranks.count, slot_bytes, balance, rate)
             rows += [
                 (
                     f"{ranks.count}",

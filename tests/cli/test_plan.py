@@ -160,6 +160,80 @@ def test_a_manifest_brings_its_targets_and_its_pools(files: tuple[str, str]) -> 
     assert changed["usd_per_mtok_out"]["expected"] < plan["usd_per_mtok_out"]["expected"]
 
 
+def test_the_options_of_the_controller_are_shown(files: tuple[str, str], tmp_path: Path) -> None:
+    manifest, platform = files
+    (found,) = plans(manifest, "--platform", platform)
+    first, *others = found["options"]
+    group = found["groups"][0]
+    assert first["parallelism"] == group["group_spec"]["parallelism"]
+    assert first["in_flight"] == group["users"]
+    assert others and all(option["gpus"] != first["gpus"] for option in others)
+    seconds = 2000 / first["prefill_tokens_per_s"] + 500 / first["decode_tokens_per_s"]
+    assert 500 / seconds == pytest.approx(group["tokens_per_s"]["expected"])
+    text = shown(manifest, "--platform", platform)
+    assert "starts in s" in text and "smaller than the best, +" in text
+    poor = tmp_path / "poor.yaml"
+    poor.write_text(MANIFEST.replace("scaling: {", "scaling: {budget: {usd_per_hour: 4}, "))
+    (found,) = plans(str(poor), "--platform", platform)
+    assert found["options"] and all(option["usd_per_hour"] <= 4 for option in found["options"])
+
+
+def test_sizes_that_the_manifest_gives_are_the_options(
+    files: tuple[str, str], tmp_path: Path
+) -> None:
+    manifest = tmp_path / "given.yaml"
+    given = "parallelism: [{expert: 8}, {expert: 1, tensor: 2}]"
+    manifest.write_text(MANIFEST.replace("parallelism: auto", given))
+    (found,) = plans(str(manifest), "--platform", files[1])
+    sizes = [tuple(option["parallelism"].values()) for option in found["options"]]
+    assert sizes == [(1, 8, 8), (2, 1, 1)]
+
+
+def test_a_limit_of_sequences_limits_users(files: tuple[str, str], tmp_path: Path) -> None:
+    manifest = tmp_path / "few.yaml"
+    manifest.write_text(MANIFEST + "engine: {max_num_seqs: 4}\n")
+    (found,) = plans(str(manifest), "--platform", files[1])
+    (group,) = found["groups"]
+    assert group["batch_per_rank"] == 4 and group["limit"] == "sequences"
+
+
+def test_the_load_of_experts_changes_the_plan(tmp_path: Path) -> None:
+    file = tmp_path / "loads.json"
+    balances = {}
+    for name, tokens in (("even", [9] * 128), ("hot", [90] * 8 + [1] * 120)):
+        layer = {str(expert): count for expert, count in enumerate(tokens)}
+        file.write_text(json.dumps({"layers": [{"layer": 0, "tokens": layer}]}))
+        (found,) = plans(QWEN, "--pool", "H200", "--expert-load", str(file))
+        balances[name] = found["groups"][0]["balance"]
+    (usual,) = plans(QWEN, "--pool", "H200")
+    assert balances["even"]["before"] == pytest.approx(1.0, abs=0.06)
+    assert balances["hot"]["before"] < usual["groups"][0]["balance"]["before"]
+    text = shown(QWEN, "--pool", "H200", "--explain", "--expert-load", str(file))
+    assert "balancedness" in text and "copies" in text and "<- chosen" in text
+
+
+def test_loads_that_cannot_be_read_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("EXPERTMESH_MESH_TOKEN", raising=False)
+    assert "no such file" in refusal(QWEN, "--expert-load", "nowhere.json")
+    assert "EXPERTMESH_MESH_TOKEN is not set" in refusal(QWEN, "--expert-load", "http://x/em")
+    assert "has no experts" in refusal("Qwen2.5-72B", "--expert-load", "nowhere.json")
+    (tmp_path / "loads.json").write_text('{"layers": [{"layer": 0, "tokens": {"500": 1}}]}')
+    assert "the model has 128 experts" in refusal(QWEN, "--expert-load", "loads.json")
+
+
+def test_the_share_of_requests_in_time_is_part_of_the_target() -> None:
+    arguments = (QWEN, "--pool", "H200", "--ttft", "0.08", "--tpot", "0.2")
+    (most,) = plans(*arguments, "--attainment", "0.5")
+    (nearly_all,) = plans(*arguments, "--attainment", "0.999")
+    assert nearly_all["users"] < most["users"]
+    assert "for 0.99 of requests" in shown(QWEN, "--pool", "H200")
+    (none,) = plans(QWEN, "--pool", "H200", "--attainment", "1.5", code=1)
+    assert "no share of requests" in none["problem"]
+
+
 def test_pools_can_be_named(files: tuple[str, str]) -> None:
     manifest, platform = files
     found = plans(manifest, "--platform", platform, "--pool", "other", "--pool", "b200")

@@ -128,6 +128,7 @@ async def test_nodes_carry_their_pool(dashboard: Dashboard, client: RayServeClie
         {
             "node_id": "n1",
             "node_ip": "10.0.0.1",
+            "node_name": "spot-a",
             "state": "ALIVE",
             "resources_total": {"CPU": 4.0},
             "labels": {"expertmesh.io/pool": "cheap"},
@@ -142,7 +143,7 @@ async def test_nodes_carry_their_pool(dashboard: Dashboard, client: RayServeClie
     ]
     dashboard.answer = {"data": {"result": {"result": rows}}}
     assert await client.nodes() == (
-        RayNode("n1", "10.0.0.1", True, "cheap", 4.0),
+        RayNode("n1", "10.0.0.1", True, "cheap", 4.0, "spot-a"),
         RayNode("n2", "10.0.0.2", False, None, 8.0),
     )
 

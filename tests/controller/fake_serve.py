@@ -43,6 +43,9 @@ class RankLoad:
     waiting: int = 0
     kv_usage: float = 0.0
     """Of rank 0; each further rank has 0.1 more."""
+    prompt_tokens: int = 0
+    """Computed since its start, by each rank."""
+    output_tokens: int = 0
 
 
 @dataclass
@@ -90,6 +93,8 @@ class FakeServe:
         self.strangers: dict[str, ApplicationStatus] = {}
         self.busy: dict[str, RankLoad] = {}
         """By group: what each of its ranks does."""
+        self.notices: dict[str, float] = {}
+        """By node id: when its provider will take it, as announced."""
         self.deaf_to_probes: set[int] = set()
         """Ranks, by index, that are too busy to answer."""
 
@@ -136,6 +141,10 @@ class FakeServe:
             if app.members or app.deleted_at_s is None
         )
 
+    async def read(self) -> dict[str, float]:
+        """The provider's notices, which do not come from Ray."""
+        return dict(self.notices)
+
     async def info(self, base_url: str) -> RankInfo | None:
         """The ranks' own ports: they do not care whether the dashboard is up."""
         self._pass_time()
@@ -155,6 +164,9 @@ class FakeServe:
                         kv_usage=load.kv_usage + 0.1 * index if load.kv_usage else 0.0,
                         kv_tokens=1000,
                         max_running=8,
+                        started_at_s=app.placed_at_s,
+                        uncached_prompt_tokens_total=load.prompt_tokens,
+                        output_tokens_total=load.output_tokens,
                     )
         return None
 

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from expertmesh.core.metering.capacity import CapacityHold
+from expertmesh.core.metering.capacity import CapacityHold, NodeHold
+from expertmesh.core.metering.providers import ProviderTariff
 from expertmesh.errors import UpstreamUnavailable
 
 
@@ -53,7 +54,9 @@ class MemoryLedger:
         self.writes = 0
         self.is_down = False
 
-    async def hold_capacity(self, holds: Sequence[CapacityHold]) -> None:
+    async def hold_capacity(
+        self, holds: Sequence[CapacityHold], nodes: Sequence[NodeHold] = ()
+    ) -> None:
         if self.is_down:
             raise UpstreamUnavailable("store: connection refused")
         self.writes += 1
@@ -68,3 +71,9 @@ class MemoryLedger:
         if self.is_down:
             raise UpstreamUnavailable("store: connection refused")
         return tuple(self.holds.values())
+
+    async def open_nodes(self) -> tuple[NodeHold, ...]:
+        return ()
+
+    async def set_provider_tariffs(self, tariffs: Sequence[ProviderTariff]) -> None:
+        """Tests of the real ledger look at these."""

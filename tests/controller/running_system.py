@@ -84,7 +84,9 @@ class RunningSystem:
         return self.gateways[0]
 
     def _controller(self) -> Controller:
-        parts = ControllerParts(self.serve, self.serve, self.journal, self.ledger, self.clock)
+        parts = ControllerParts(
+            self.serve, self.serve, self.journal, self.ledger, self.clock, notices=self.serve
+        )
         return Controller(
             parts, self.configs, [served_model(deployment_of(c)) for c in self.configs], Timing()
         )

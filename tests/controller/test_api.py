@@ -152,6 +152,31 @@ async def test_a_loop_that_stands_still_is_not_healthy(system: RunningSystem, ca
             id="a negative sum",
         ),
         pytest.param(
+            {"gateway": "g", "sent_at_s": 1.0, "number": -1},
+            "number: -1 is negative",
+            id="a negative number",
+        ),
+        pytest.param(
+            {"gateway": "g", "sent_at_s": 1.0, "models": {"m": {"output_tokens_total": -5}}},
+            "models.m.output_tokens_total: -5 is negative",
+            id="a negative total",
+        ),
+        pytest.param(
+            {"gateway": "g", "sent_at_s": 1.0, "models": {"m": {"output_tokens_total": 2**60}}},
+            "models.m.output_tokens_total: 1152921504606846976 is above 2**53",
+            id="a total beyond belief",
+        ),
+        pytest.param(
+            {"gateway": "g", "sent_at_s": 1.0, "groups": {"x": {"ttft_s_sum": 1e300}}},
+            "groups.x.ttft_s_sum: 1e+300 is above 2**53",
+            id="a sum beyond belief",
+        ),
+        pytest.param(
+            {"gateway": "g", "sent_at_s": 1.0, "models": {"m": {"arrivals_total": 1.5}}},
+            "arrivals_total",
+            id="half a request",
+        ),
+        pytest.param(
             {"gateway": "g", "sent_at_s": 1.0, "groups": {"x": {"in_flight": "2"}}},
             "in_flight",
             id="a count as text",

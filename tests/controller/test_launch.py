@@ -45,14 +45,14 @@ def folder(tmp_path: Path) -> Path:
 
 @asynccontextmanager
 async def controller(
-    folder: Path, port: int, **environment: str
+    folder: Path, port: int, *options: str, **environment: str
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
         COMMAND,
         *("-f", "platform.yaml", "-f", "model.yaml", "--port", str(port)),
-        *("--dashboard-url", f"http://127.0.0.1:{free_port()}"),
+        *("--dashboard-url", f"http://127.0.0.1:{free_port()}", *options),
         cwd=folder,
         env={"PATH": os.environ["PATH"], **environment},
         stdout=asyncio.subprocess.PIPE,
@@ -160,3 +160,56 @@ async def test_a_bad_manifest_is_refused_before_anything_starts(folder: Path) ->
     assert process.returncode == 2
     assert "model.yaml: pools.0: 'smal': no such pool" in text
     assert not (folder / ".expertmesh").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--lease", "kubernetes"),
+            "error: --lease kubernetes: this is no pod of Kubernetes with a service account; ",
+        ),
+        (
+            ("--ray-cluster", "em"),
+            "error: --ray-cluster: this is no pod of Kubernetes with a service account; ",
+        ),
+        (
+            ("--lease", "kubernetes", "--kubeconfig", "nowhere"),
+            "error: kubeconfig: nowhere: ",
+        ),
+        (
+            ("--spot-notices", "somewhere"),
+            "error: --spot-notices: 'somewhere': write kubernetes, file:PATH or ",
+        ),
+        (("--spot-notices", "file:"), "error: --spot-notices: 'file:': write kubernetes, "),
+        (("--advertise", "here:1"), "error: --advertise: 'here:1': write it as http://host:port"),
+    ],
+)
+async def test_options_that_cannot_work_are_one_line_and_exit_code_2(
+    folder: Path, options: tuple[str, ...], said: str
+) -> None:
+    async with controller(folder, free_port(), *options, EXPERTMESH_MESH_TOKEN=TOKEN) as process:
+        text = await text_of(process)
+    assert process.returncode == 2
+    lines = [line for line in text.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert lines[0].startswith(said)
+    assert "Traceback" not in text
+
+
+async def test_one_that_is_alone_needs_no_lease(folder: Path) -> None:
+    port = free_port()
+    async with (
+        controller(folder, port, "--lease", "none", EXPERTMESH_MESH_TOKEN=TOKEN) as process,
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {TOKEN}"}) as http,
+    ):
+        await listening(http, port)
+        async with asyncio.timeout(10):
+            text = ""
+            while "em_controller_leads 1.0" not in text:
+                async with http.get(f"http://127.0.0.1:{port}/metrics") as response:
+                    text = await response.text()
+                await asyncio.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        await text_of(process)
+    assert process.returncode == 0

@@ -1,5 +1,6 @@
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 
 import aiohttp
 import msgspec
@@ -18,8 +19,10 @@ from expertmesh.controller.observe import (
     condensed,
     observation_of,
 )
-from expertmesh.core.domain.fleet import GroupSpec, RankInfo
-from expertmesh.core.scaling.contract import ModelState
+from expertmesh.core.domain.fleet import GroupSpec, GroupState, Rank, RankInfo
+from expertmesh.core.scaling.contract import GroupRecord, ModelState
+from expertmesh.core.scaling.demand import GroupDoing
+from expertmesh.errors import UpstreamUnavailable
 
 SPEC = GroupSpec("em-tiny-cheap-1", "tiny", "/models/tiny", "cheap", EP2, 1024, 0.6)
 URL = "http://10.0.0.1:30000/em-tiny-cheap-1"
@@ -130,6 +133,150 @@ def test_a_traceback_is_cut_down_to_what_failed_and_why() -> None:
     assert condensed("") == ""
 
 
+def test_what_a_group_does_is_seen_with_it() -> None:
+    doing = GroupDoing(100.0, 10.0, 3, 0, 0.5, 120.0, 30.0)
+    around = replace(ALONE, doing={SPEC.name: doing, "em-other-cheap-1": doing})
+    (seen,) = observation_of(two_pools(), ModelState(), snapshot(), around).groups
+    assert seen.doing == doing
+    (seen,) = observation_of(two_pools(), ModelState(), snapshot(), ALONE).groups
+    assert seen.doing is None
+
+
+# Notices that a node will be taken
+
+
+NODES = (
+    RayNode("n1", "10.0.0.1", True, "cheap", 1.0, "spot-a"),
+    RayNode("n2", "10.0.0.2", True, "cheap", 1.0, "spot-b"),
+    RayNode("n3", "10.0.0.3", True, "cheap", 1.0, "spot-c"),
+)
+ON_TWO = (Replica("RUNNING", "n1", "10.0.0.1", 7), Replica("RUNNING", "n2", "10.0.0.2", 8))
+
+
+@pytest.mark.parametrize(
+    ("notices", "leaving_at_s", "live"),
+    [
+        pytest.param({}, None, 3, id="none"),
+        pytest.param({"n2": 500.0}, 500.0, 2, id="by id"),
+        pytest.param({"10.0.0.2": 500.0}, 500.0, 2, id="by address"),
+        pytest.param({"spot-b": 500.0}, 500.0, 2, id="by name"),
+        pytest.param({"spot-b": 500.0, "n1": 400.0}, 400.0, 1, id="the first of two nodes"),
+        pytest.param({"spot-b": 500.0, "n2": 400.0}, 400.0, 2, id="one node told of twice"),
+        pytest.param({"spot-c": 500.0}, None, 2, id="a node without this group"),
+        pytest.param({"spot": 500.0, "": 1.0, "10.0.0": 1.0}, None, 3, id="strangers"),
+    ],
+)
+def test_a_group_leaves_with_the_first_of_its_nodes(
+    notices: dict[str, float], leaving_at_s: float | None, live: int
+) -> None:
+    look = snapshot(nodes=NODES, applications=(application(replicas=ON_TWO),), notices=notices)
+    seen = observation_of(two_pools(), ModelState(), look, ALONE)
+    assert seen.groups[0].leaving_at_s == leaving_at_s
+    assert {pool.name: pool.live_workers for pool in seen.pools} == {"cheap": live, "dear": 0}
+
+
+@pytest.mark.parametrize("key", ["n2", "10.0.0.2"])
+def test_a_notice_counts_while_the_nodes_cannot_be_listed(key: str) -> None:
+    look = snapshot(nodes=None, applications=(application(replicas=ON_TWO),), notices={key: 500.0})
+    seen = observation_of(two_pools(), ModelState(), look, ALONE)
+    assert seen.groups[0].leaving_at_s == 500.0
+
+
+def record(name: str, model: str, *members: str) -> GroupRecord:
+    spec = replace(SPEC, name=name, model=model)
+    return GroupRecord(spec, GroupState.READY, 0.0, 0.0, members=members)
+
+
+def test_a_notice_counts_while_serve_is_silent() -> None:
+    state = ModelState(groups=(record(SPEC.name, "tiny", "n1/7", "n2/8"),))
+    look = snapshot(nodes=NODES, applications=None, notices={"spot-b": 500.0})
+    seen = observation_of(two_pools(), state, look, ALONE)
+    assert seen.groups[0].leaving_at_s == 500.0
+
+
+def test_what_runs_on_a_node_that_leaves_takes_no_room() -> None:
+    """The node is no room either: what is left for others is the same as without both."""
+    others = (
+        record("em-a-cheap-1", "a", "n1/1", "n2/2"),
+        replace(record("em-b-cheap-1", "b", "n3/3", "n3/4"), removed_at_s=5.0),
+    )
+    around = replace(ALONE, elsewhere=others)
+    for notices, live, used, staying in (
+        ({}, 3, 4, 2),
+        ({"spot-b": 500.0}, 2, 3, 1),
+        ({"spot-a": 500.0, "spot-b": 500.0}, 1, 2, 0),
+        ({"spot-c": 500.0}, 2, 2, 2),
+    ):
+        look = snapshot(nodes=NODES, applications=(), ranks={}, notices=notices)
+        pool = observation_of(two_pools(), ModelState(), look, around).pools[0]
+        assert (pool.live_workers, pool.used_elsewhere, pool.staying_elsewhere) == (
+            live,
+            used,
+            staying,
+        )
+
+
+class Notices:
+    def __init__(self, answer: Mapping[str, float] | Exception) -> None:
+        self.answer = answer
+
+    async def read(self) -> Mapping[str, float]:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+async def test_a_notice_stands_while_its_source_is_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    notices = Notices({"n1": 500.0})
+    observer = Observer(EmptyServe(), NoRanks(), notices)
+    assert (await observer.look([])).notices == {"n1": 500.0}
+    notices.answer = UpstreamUnavailable("the API server is away")
+    look = await observer.look([])
+    assert look.notices == {"n1": 500.0}
+    assert look.problems == {"spot notices": "the API server is away"}
+    notices.answer = {}
+    assert (await observer.look([])).notices == {}
+
+    async def hang() -> Mapping[str, float]:
+        await asyncio.sleep(60)
+        return {}
+
+    monkeypatch.setattr("expertmesh.controller.observe._SERVE_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(notices, "read", hang)
+    look = await observer.look([])
+    assert look.problems == {"spot notices": "their source did not answer within 0.05 s"}
+    assert look.nodes == ()
+
+
+async def test_without_a_source_there_are_no_notices() -> None:
+    look = await Observer(EmptyServe(), NoRanks()).look([])
+    assert (look.notices, look.problems) == ({}, {})
+
+
+# When ranks answered
+
+
+async def test_the_time_of_an_answer_is_when_it_came_not_when_the_look_ended() -> None:
+    clock = [100.0]
+
+    class SlowServe(EmptyServe):
+        async def applications(self) -> tuple[Application, ...]:
+            await asyncio.sleep(0.05)
+            clock[0] = 104.0
+            return (application(rank_urls=(URL, "http://late")),)
+
+    class Ranks:
+        async def info(self, base_url: str) -> RankInfo | None:
+            return INFO if base_url == URL else None
+
+    known = replace(record(SPEC.name, "tiny"), ranks=(Rank(0, URL),))
+    look = await Observer(SlowServe(), Ranks(), now_s=lambda: clock[0]).look([known])
+    assert look.answered_at_s == {URL: 100.0}
+    assert look.ranks == {URL: INFO, "http://late": None}
+
+
 # The probe over real HTTP
 
 
@@ -178,6 +325,17 @@ async def test_a_probe_of_a_closed_port_is_no_error(rank: TestServer) -> None:
     await rank.close()
     async with aiohttp.ClientSession() as http:
         assert await HttpRankProbe(http, "secret").info(url) is None
+
+
+class EmptyServe:
+    async def applications(self) -> tuple[Application, ...]:
+        return ()
+
+    async def nodes(self) -> tuple[RayNode, ...]:
+        return ()
+
+    async def placement_group_names(self) -> frozenset[str]:
+        return frozenset()
 
 
 class HangingServe:

@@ -4,6 +4,8 @@ import asyncio
 import json
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 from typing import Any
 
 import anthropic
@@ -180,6 +182,66 @@ def test_ranks_hold_half_of_the_experts_each_and_count_all_tokens(
     assert len({(info["kv_tokens"], info["max_running"]) for info in capacities}) == 1
 
 
+def test_the_controller_sees_the_tokens_of_a_burst(
+    system: RunningSystem, client: openai.OpenAI
+) -> None:
+    """All that clients were told, but for prompt tokens that came from a cache."""
+    group = system.groups("ready")[0]
+    name, urls = group["name"], [rank["base_url"] for rank in group["ranks"]]
+    story = "Once upon a time a fox met a crow, and the crow had a piece of cheese. " * 12
+
+    def totals() -> tuple[int, int]:
+        ranks = [system.rank(url, "/em/info") for url in urls]
+        return (
+            sum(rank["uncached_prompt_tokens_total"] for rank in ranks),
+            sum(rank["output_tokens_total"] for rank in ranks),
+        )
+
+    def seen() -> list[tuple[float, float]]:
+        """Tokens in the span, as the engines tell and as gateways tell."""
+        fleet = system.fleet()
+        return [
+            (
+                rates["uncached_prompt_tokens_per_s"] * rates["span_s"],
+                rates["output_tokens_per_s"] * rates["span_s"],
+            )
+            for rates in (fleet["doing"].get(name), fleet["flows"].get(MODEL))
+            if rates is not None
+        ]
+
+    def ask(number: int) -> tuple[int, int, int]:
+        usage = client.chat.completions.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": f"{story} What then? {number % 4}"}],
+            max_tokens=10 + number,
+            temperature=0,
+        ).usage
+        assert usage is not None and usage.prompt_tokens_details is not None
+        cached = usage.prompt_tokens_details.cached_tokens or 0
+        return usage.prompt_tokens - cached, cached, usage.completion_tokens
+
+    wait_until(lambda: seen() == [(0.0, 0.0)] * 2, 30, "the system is quiet", system.describe)
+    before = totals()
+    began_s = time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(ask, range(12)))
+    took_s = time.monotonic() - began_s
+    prompt, cached, output = (sum(count[i] for count in counts) for i in range(3))
+    assert cached > 128
+    after = totals()
+    assert (after[0] - before[0], after[1] - before[1]) == (prompt, output)
+
+    assert took_s < 8, f"the burst took {took_s:.1f} s and is in no span as a whole"
+
+    def whole() -> list[tuple[float, float]]:
+        found = seen()
+        reached = all(o >= 0.98 * output and p >= 0.98 * prompt for p, o in found)
+        return found if len(found) == 2 and reached else []
+
+    wanted = pytest.approx((prompt, output), rel=0.02)
+    assert wait_until(whole, 9, "both have seen the burst", system.describe) == [wanted] * 2
+
+
 def test_ranks_offer_no_admin_routes_and_nothing_without_the_mesh_token(
     system: RunningSystem,
 ) -> None:
@@ -237,8 +299,20 @@ def test_usage_and_cost_add_up(system: RunningSystem, client: openai.OpenAI) -> 
     tokens_out = answer.usage.completion_tokens
     assert after["completion_tokens"] - before.get("completion_tokens", 0) == tokens_out
     total = usage()["total"]
-    parts = [total[name].replace(".", "") for name in ("attributed_usd", "idle_usd")]
-    assert sum(map(int, parts)) == int(total["capacity_usd"].replace(".", ""))
+    parts = ("attributed", "idle", "starting", "draining", "idle_nodes")
+    amounts = [Decimal(total[f"{name}_usd"]) for name in parts]
+    assert min(amounts) >= 0 < amounts[0]
+    assert sum(amounts) == Decimal(total["capacity_usd"])
+    assert amounts[2] > 0, "the group's start has cost"
+    for by in ("model", "pool", "day", "key"):
+        # The group costs on between two looks; what has been served does not change.
+        grouped = json.loads(system.run("usage", "--by", by, "--json").stdout)
+        assert grouped["total"]["tariff_usd"] == total["tariff_usd"]
+        for name in ("capacity_usd", *(f"{name}_usd" for name in parts)):
+            rows = sum(Decimal(row[name]) for row in grouped["rows"])
+            assert rows == Decimal(grouped["total"][name]), (by, name)
+    focus = json.loads(system.run("usage", "--focus", "--json").stdout)["Rows"]
+    assert sum(Decimal(row["BilledCost"]) for row in focus) >= Decimal(total["capacity_usd"])
 
 
 def test_status_shows_the_group(system: RunningSystem) -> None:

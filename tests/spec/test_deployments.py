@@ -241,16 +241,29 @@ def test_each_has_a_plan_on_each_kind_of_gpu(name: str, pool_name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_layout_serves_all_of_its_pools_within_the_budget(name: str) -> None:
+def test_each_of_its_pools_has_groups_within_the_budget(name: str) -> None:
     model, chosen = deployment(name), system().chosen[name]
     budget = model.scaling.usd_per_hour_budget
     assert budget is not None
-    assert [plan.pool.name for plan in chosen.plans] == list(model.pools)
-    for plan in chosen.plans:
+    assert list(dict.fromkeys(option.pool for option in model.options)) == list(model.pools)
+    for option, plan in zip(model.options, chosen.plans, strict=True):
         group = plan.serving_group
-        assert group.parallelism == model.parallelism
-        assert group.memory.fits and group.usd_per_hour <= budget
-    assert model.scaling.target_in_flight_per_group == chosen.users_per_group
+        assert (option.pool, option.parallelism) == (plan.pool.name, group.parallelism)
+        assert group.memory.fits and option.usd_per_hour <= budget
+        assert option.rates.seconds(PROMPT_TOKENS, ANSWER_TOKENS) is not None
+        assert 60 < option.start_s < 1200
+    assert model.scaling.target_in_flight_per_group == model.options[0].rates.in_flight
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_option_of_a_pool_is_the_best_plan_within_the_budget(name: str) -> None:
+    model = deployment(name)
+    for pool_name in set(NODE_POOLS) & set(model.pools):
+        best = planned(name, pool_name)
+        first = next(option for option in model.options if option.pool == pool_name)
+        assert isinstance(best, Plan)
+        if best.usd_per_hour <= (model.scaling.usd_per_hour_budget or 0):
+            assert first.parallelism == best.serving_group.parallelism
 
 
 def weight_bytes(name: str) -> float:

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from expertmesh.core.domain.deployment import ScalingMode
 from expertmesh.core.domain.fleet import Parallelism
+from expertmesh.core.domain.option import GroupRates
+from expertmesh.core.perf.start import UNPLANNED_S
 from expertmesh.errors import ManifestError
 from expertmesh.spec.load import load_system
 
@@ -106,6 +109,42 @@ def test_a_deployment_becomes_plain_values(folder: Folder) -> None:
     assert model.parallelism == Parallelism(tensor=1, data=2, expert=2)
     assert model.shape is not None and model.shape.experts is not None
     assert model.shape.experts.count == 16 and model.shape.experts.per_token == 4
+
+
+def test_how_it_is_scaled_becomes_plain_values(folder: Folder) -> None:
+    folder.platform["budget"] = {"usd_per_hour": 9}
+    folder.platform["pools"][0]["zone"] = "here-a"
+    folder.deployment["scaling"] = {
+        "budget": {"usd_per_day": 50},
+        "mode": "advise",
+        "priority": -2,
+        "down_delay_s": 7,
+    }
+    system = load_system(folder.write())
+    assert system.usd_per_hour_budget == 9
+    assert [pool.zone for pool in system.pools] == ["here-a", None]
+    rules = system.models[0].scaling
+    assert (rules.usd_per_hour_budget, rules.usd_per_day_budget) == (None, 50)
+    assert (rules.mode, rules.priority, rules.down_delay_s) == (ScalingMode.ADVISE, -2, 7)
+
+
+def test_what_is_not_said_about_scaling(folder: Folder) -> None:
+    system = load_system(folder.write())
+    rules = system.models[0].scaling
+    assert system.usd_per_hour_budget is None
+    assert (rules.usd_per_hour_budget, rules.usd_per_day_budget) == (None, None)
+    assert (rules.mode, rules.priority, rules.down_delay_s) == (ScalingMode.ACT, 0, None)
+
+
+def test_each_pool_has_an_option_with_the_manifest_s_arguments(folder: Folder) -> None:
+    folder.deployment["engine"] = {"seed": 3}
+    model = load_system(folder.write()).models[0]
+    assert [option.name for option in model.options] == ["small/t1d2e2", "large/t1d2e2"]
+    for option, price in zip(model.options, (0.6, 0.25), strict=True):
+        assert option.usd_per_hour == pytest.approx(price)
+        assert option.engine == {"seed": 3}
+        assert option.rates == GroupRates(16.0)
+        assert option.start_s == UNPLANNED_S
 
 
 def test_tensor_parallel_workers_share_a_rank(folder: Folder) -> None:
@@ -219,6 +258,46 @@ def make_dense(folder: Folder) -> None:
             set_field("deployment.scaling", {"groups": {"min": 3, "max": 2}}),
             ("tiny.yaml", "scaling.groups", "min 3 is above max 2"),
             id="min above max",
+        ),
+        pytest.param(
+            set_field("deployment.parallelism", [{"expert": 2}, {"expert": 3}]),
+            ("tiny.yaml", "parallelism.1.expert", "3", "does not divide"),
+            id="one of several sizes does not divide the experts",
+        ),
+        pytest.param(
+            set_field("deployment.scaling", {"budget": {}}),
+            ("tiny.yaml", "scaling.budget", "write usd_per_hour, usd_per_day or both"),
+            id="budget of nothing",
+        ),
+        pytest.param(
+            set_field("deployment.scaling", {"budget": {"usd_per_day": 0}}),
+            ("tiny.yaml", "scaling.budget.usd_per_day", "0", "greater than 0"),
+            id="budget of no dollars a day",
+        ),
+        pytest.param(
+            set_field("deployment.scaling", {"mode": "dry-run"}),
+            ("tiny.yaml", "scaling.mode", "'dry-run'", "'observe', 'advise' or 'act'"),
+            id="unknown mode",
+        ),
+        pytest.param(
+            set_field("deployment.scaling", {"priority": 1.5}),
+            ("tiny.yaml", "scaling.priority", "1.5", "integer"),
+            id="priority that is no whole number",
+        ),
+        pytest.param(
+            set_field("deployment.scaling", {"down_delay_s": -1}),
+            ("tiny.yaml", "scaling.down_delay_s", "-1", "greater than or equal to 0"),
+            id="negative delay",
+        ),
+        pytest.param(
+            set_field("platform.budget", {"usd_per_hour": -5}),
+            ("platform.yaml", "budget.usd_per_hour", "-5", "greater than 0"),
+            id="negative budget of the platform",
+        ),
+        pytest.param(
+            set_field("platform.pools.0.zone", ""),
+            ("platform.yaml", "pools.0.zone", "''", "at least 1 character"),
+            id="empty zone",
         ),
         pytest.param(
             set_field("platform.pools.0.usd_per_node_hour", -1),

@@ -2,7 +2,7 @@
 
 from decimal import Decimal
 
-from expertmesh.core.metering.capacity import CapacityHold
+from expertmesh.core.metering.capacity import CapacityHold, NodeHold
 from expertmesh.core.metering.usage import Outcome, UsageRecord
 
 NOON_S = 1_767_268_800.0
@@ -55,5 +55,40 @@ def capacity_hold(
     model: str = "tiny-moe",
     pool: str = "cpu",
     usd_per_hour: float = 0.3,
+    start_s: float | None = 0.0,
+    draining_at_s: float | None = None,
+    tokens_per_s: tuple[float, float] | None = None,
+    watts: tuple[float, float] | None = None,
 ) -> CapacityHold:
-    return CapacityHold(group, model, pool, usd_per_hour, started_at_s, seen_at_s, ended_at_s)
+    """`start_s`: until it was ready, None: it never was. Pairs: of prefill and decode; idle and
+    busy."""
+    prefill, decode = tokens_per_s or (None, None)
+    idle, busy = watts or (None, None)
+    return CapacityHold(
+        group=group,
+        model=model,
+        pool=pool,
+        usd_per_hour=usd_per_hour,
+        started_at_s=started_at_s,
+        seen_at_s=seen_at_s,
+        ended_at_s=ended_at_s,
+        ready_at_s=None if start_s is None else started_at_s + start_s,
+        draining_at_s=draining_at_s,
+        prefill_tokens_per_s=prefill,
+        decode_tokens_per_s=decode,
+        idle_watts=idle,
+        busy_watts=busy,
+    )
+
+
+def node_hold(
+    node_id: str = "n1",
+    started_at_s: float = NOON_S,
+    seen_at_s: float = NOON_S + 60,
+    ended_at_s: float | None = None,
+    *,
+    pool: str = "cpu",
+    usd_per_hour: float = 0.3,
+    idle_watts: float | None = None,
+) -> NodeHold:
+    return NodeHold(pool, node_id, usd_per_hour, started_at_s, seen_at_s, ended_at_s, idle_watts)

@@ -61,7 +61,10 @@ async def test_a_database_of_something_else_is_refused_and_left_alone(url: str) 
     assert set(tables) - {"sqlite_sequence"} == {
         "capacity_holds",
         "identity_version",
+        "leases",
         "journal_entries",
+        "node_holds",
+        "provider_tariffs",
         "tenants",
     }
     await database.close()

@@ -6,8 +6,9 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.store.records import NOON_S, capacity_hold, usage_record
+from tests.store.records import NOON_S, capacity_hold, node_hold, usage_record
 
+from expertmesh.core.metering.providers import ProviderTariff
 from expertmesh.core.metering.usage import Outcome
 from expertmesh.errors import UpstreamUnavailable
 from expertmesh.store.database import Database
@@ -147,11 +148,16 @@ async def test_usage_is_read_by_the_time_of_acceptance_and_in_its_order(database
     assert await ids(NOON_S + 1, NOON_S + 3) == "ab"
 
 
-async def test_in_flight_finds_requests_that_began_before(database: Database) -> None:
+async def test_requests_across_a_moment_began_before_and_end_after_it(database: Database) -> None:
     ledger = Ledger(database)
-    await ledger.add_usage([usage_record("long", NOON_S, duration_s=100)])
-    await ledger.add_usage([usage_record("short", NOON_S, duration_s=1)])
-    found = await ledger.usage_in_flight(NOON_S + 50, NOON_S + 60)
+    await ledger.add_usage(
+        [
+            usage_record("long", NOON_S, duration_s=100),
+            usage_record("short", NOON_S, duration_s=50),
+            usage_record("later", NOON_S + 50, duration_s=50),
+        ]
+    )
+    found = await ledger.usage_across(NOON_S + 50)
     assert [record.request_id for record in found] == ["long"]
 
 
@@ -233,3 +239,109 @@ async def test_the_span_covers_usage_and_capacity(database: Database) -> None:
     assert await ledger.span_s() == (NOON_S + 10, NOON_S + 15)
     await ledger.hold_capacity([capacity_hold(seen_at_s=NOON_S + 12)])
     assert await ledger.span_s() == (NOON_S, NOON_S + 15)
+
+
+async def test_states_rates_and_draw_come_back_as_they_were(database: Database) -> None:
+    ledger = Ledger(database)
+    hold = capacity_hold(
+        start_s=12.5, draining_at_s=NOON_S + 50, tokens_per_s=(1e4, 0.1 + 0.2), watts=(105.0, 581.0)
+    )
+    bare = capacity_hold("other", start_s=None)
+    await ledger.hold_capacity([hold, bare])
+    assert await ledger.capacity() == (hold, bare)
+
+
+async def test_what_is_known_of_a_hold_stays_and_draining_can_be_taken_back(
+    database: Database,
+) -> None:
+    ledger = Ledger(database)
+    await ledger.hold_capacity([capacity_hold(start_s=None, draining_at_s=NOON_S + 9)])
+    await ledger.hold_capacity([capacity_hold(start_s=20, tokens_per_s=(1, 2), watts=(3, 4))])
+    await ledger.hold_capacity([capacity_hold(start_s=40, tokens_per_s=(5, 6), watts=(7, 8))])
+    await ledger.hold_capacity([capacity_hold(start_s=None)])
+    assert await ledger.capacity() == (
+        capacity_hold(start_s=20, tokens_per_s=(1, 2), watts=(3, 4)),
+    )
+
+
+async def test_a_node_that_is_seen_again_was_there_in_between(database: Database) -> None:
+    ledger = Ledger(database)
+    node = node_hold(idle_watts=105.0, usd_per_hour=0.1)
+    await ledger.hold_capacity([], [node])
+    again = node_hold(started_at_s=NOON_S + 900, seen_at_s=NOON_S + 950, usd_per_hour=0.1)
+    await ledger.hold_capacity([], [again])
+    whole = replace(node, seen_at_s=NOON_S + 950)
+    assert await ledger.nodes() == await ledger.open_nodes() == (whole,)
+
+    ended = replace(again, seen_at_s=NOON_S + 960, ended_at_s=NOON_S + 960)
+    await ledger.hold_capacity([], [ended])
+    assert await ledger.nodes() == (
+        replace(whole, seen_at_s=NOON_S + 960, ended_at_s=NOON_S + 960),
+    )
+    assert await ledger.open_nodes() == ()
+    # In one batch: the end of one hold and the start of the next.
+    price = node_hold(started_at_s=NOON_S + 960, seen_at_s=NOON_S + 970, usd_per_hour=0.2)
+    await ledger.hold_capacity([], [ended, price])
+    assert [node.usd_per_hour for node in await ledger.nodes()] == [0.1, 0.2]
+    assert await ledger.nodes(since_s=NOON_S + 965) == (price,)
+    assert await ledger.span_s() == (NOON_S, NOON_S + 970)
+
+
+async def test_nodes_of_one_id_in_two_pools_are_two(database: Database) -> None:
+    ledger = Ledger(database)
+    await ledger.hold_capacity([], [node_hold(pool="a"), node_hold(pool="b")])
+    assert [node.pool for node in await ledger.nodes()] == ["a", "b"]
+
+
+async def test_a_bad_node_takes_its_whole_batch_with_it(database: Database) -> None:
+    ledger = Ledger(database)
+    with pytest.raises(ValueError, match="finite"):
+        await ledger.hold_capacity([capacity_hold()], [node_hold(usd_per_hour=float("inf"))])
+    assert (await ledger.capacity(), await ledger.nodes()) == ((), ())
+
+
+async def test_tariffs_of_providers_are_added_only_when_they_change(database: Database) -> None:
+    ledger = Ledger(database)
+    first = ProviderTariff("m", "api", NOON_S, 0.1, 0.05, 0.30000000000000004)
+    other = ProviderTariff("n", "api", NOON_S, 1.0, 1.0, 1.0)
+    await ledger.set_provider_tariffs([first, other])
+    await ledger.set_provider_tariffs([replace(first, since_s=NOON_S + 5)])
+    assert await ledger.provider_tariffs() == (first, other)
+    dearer = replace(first, since_s=NOON_S + 9, usd_per_mtok_in=0.2)
+    await ledger.set_provider_tariffs([dearer])
+    # By a controller whose clock is behind: the newest stays.
+    await ledger.set_provider_tariffs([replace(first, since_s=NOON_S + 9)])
+    assert await ledger.provider_tariffs() == (first, other, dearer)
+
+
+async def test_an_end_that_comes_again_under_another_start_counts_once(database: Database) -> None:
+    """From a controller that was not told that the ledger had taken it."""
+    ledger = Ledger(database)
+    await ledger.hold_capacity([capacity_hold()], [node_hold()])
+    group = capacity_hold(
+        started_at_s=NOON_S + 30, seen_at_s=NOON_S + 90, ended_at_s=NOON_S + 90, start_s=None
+    )
+    node = node_hold(started_at_s=NOON_S + 70, seen_at_s=NOON_S + 90, ended_at_s=NOON_S + 90)
+    for _ in range(3):
+        await ledger.hold_capacity([group], [node])
+    assert await ledger.capacity() == (
+        replace(capacity_hold(), seen_at_s=NOON_S + 90, ended_at_s=NOON_S + 90),
+    )
+    assert await ledger.nodes() == (
+        replace(node_hold(), seen_at_s=NOON_S + 90, ended_at_s=NOON_S + 90),
+    )
+
+
+async def test_a_hold_that_began_before_the_last_one_ended_counts_from_there(
+    database: Database,
+) -> None:
+    ledger = Ledger(database)
+    ended = NOON_S + 60
+    await ledger.hold_capacity([capacity_hold(ended_at_s=ended)], [node_hold(ended_at_s=ended)])
+    late = NOON_S + 40
+    await ledger.hold_capacity(
+        [capacity_hold(started_at_s=late, seen_at_s=NOON_S + 80)],
+        [node_hold(started_at_s=late, seen_at_s=NOON_S + 80)],
+    )
+    assert [hold.started_at_s for hold in await ledger.capacity()] == [NOON_S, ended]
+    assert [node.started_at_s for node in await ledger.nodes()] == [NOON_S, ended]

@@ -10,7 +10,7 @@ import typer
 
 from expertmesh.cli.store import STORE_VARIABLE, sqlite_url
 from expertmesh.errors import ExpertMeshError, SetupError
-from expertmesh.launch.controller import ControllerSettings, serve_controller
+from expertmesh.launch.controller import ControllerSettings, LeaseKind, serve_controller
 from expertmesh.spec.load import System, load_system
 
 MESH_TOKEN_VARIABLE = "EXPERTMESH_MESH_TOKEN"
@@ -41,8 +41,45 @@ def controller(
     serve_host: Annotated[
         str, typer.Option(help="Address that the ranks bind; 127.0.0.1 when all is on one machine.")
     ] = "0.0.0.0",
+    lease: Annotated[
+        LeaseKind,
+        typer.Option(
+            help="By what several controllers of one system agree on a leader; none: there is "
+            "only this one."
+        ),
+    ] = LeaseKind.DATABASE,
+    advertise: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where the gateways reach this controller. Default: as it listens, at this "
+            "host's address.",
+        ),
+    ] = None,
+    spot_notices: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="Where it is announced that nodes will be taken away: kubernetes, file:PATH or "
+            "an HTTP URL; may be given several times.",
+        ),
+    ] = None,
+    ray_cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="RayCluster of this system: decisions become its events."
+        ),
+    ] = None,
+    kubeconfig: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Default: the service account of this pod.", dir_okay=False
+        ),
+    ] = None,
 ) -> None:
     """Start, drain and replace groups until stopped; the groups outlive it.
+
+    Several may run on one store: one leads, the others take over within seconds when it ends.
 
     The mesh token comes from EXPERTMESH_MESH_TOKEN or the file EXPERTMESH_MESH_TOKEN_PATH, Ray's
     from RAY_AUTH_TOKEN or the file RAY_AUTH_TOKEN_PATH, and else both from the files that
@@ -64,6 +101,11 @@ def controller(
             manifests=system,
             ray_token=read_token(RAY_TOKEN_VARIABLE, folder / "ray_token"),
             serve_listen_host=serve_host,
+            lease=lease,
+            advertise_url=_http_url(advertise),
+            spot_notices=tuple(spot_notices or ()),
+            kubeconfig=kubeconfig,
+            ray_cluster=ray_cluster,
         )
         asyncio.run(serve_controller(settings))
     except ExpertMeshError as error:
@@ -87,6 +129,12 @@ def read_token(variable: str, kept: Path) -> str | None:
     if not value:
         raise SetupError(f"{variable}: {path}: is empty; write the token into it")
     return value
+
+
+def _http_url(url: str | None) -> str | None:
+    if url is not None and not url.startswith(("http://", "https://")):
+        raise SetupError(f"--advertise: {url!r}: write it as http://host:port")
+    return url
 
 
 def _mesh_token(folder: Path) -> str:

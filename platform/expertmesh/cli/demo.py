@@ -7,7 +7,7 @@ from rich.console import Console
 
 from expertmesh.cli.run import progress, run_command
 from expertmesh.cli.up import ManifestFiles
-from expertmesh.cli.usage import render_usage
+from expertmesh.cli.usage_view import render_usage
 from expertmesh.spec.load import load_system
 
 

@@ -15,7 +15,12 @@ MESH_TOKEN_VARIABLE = "EXPERTMESH_MESH_TOKEN"
 
 def gateway(
     controller_url: Annotated[
-        str, typer.Option(help="Where the controller listens, e.g. http://127.0.0.1:8700.")
+        list[str],
+        typer.Option(
+            metavar="URL[,URL…]",
+            help="Where the controller listens, e.g. http://127.0.0.1:8700. Of several "
+            "controllers name all, or an address that leads to any of them.",
+        ),
     ],
     config: Annotated[
         Path | None,
@@ -78,7 +83,7 @@ def gateway(
         run_gateway(
             GatewaySettings(
                 config=read(),
-                controller_url=_http_url(controller_url),
+                controller_url=_http_urls(controller_url),
                 state_dir=state_dir.absolute(),
                 store_url=store_url(store, Path.cwd()),
                 mesh_token=_mesh_token(mesh_token_file),
@@ -91,10 +96,12 @@ def gateway(
         raise typer.Exit(2) from None
 
 
-def _http_url(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise SetupError(f"--controller-url: {url!r}: write it as http://host:port")
-    return url
+def _http_urls(given: list[str]) -> str:
+    urls = [url.strip() for part in given for url in part.split(",")]
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise SetupError(f"--controller-url: {url!r}: write it as http://host:port")
+    return ",".join(urls)
 
 
 def _mesh_token(file: Path | None) -> str:

@@ -3,18 +3,24 @@
 import json
 import sys
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from math import inf
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from expertmesh.cli.controller import MESH_TOKEN_VARIABLE, read_token
 from expertmesh.cli.plan_view import answers_as_json, render
+from expertmesh.clients.expert_load import read_expert_load
 from expertmesh.clients.hugging_face import hub_file
 from expertmesh.core.domain.accelerator import Price
 from expertmesh.core.domain.model_shape import Dtype
+from expertmesh.core.perf.layout import Layout
+from expertmesh.core.planner.balance import ExpertLoad
 from expertmesh.core.planner.plan import NoPlan, Plan
 from expertmesh.core.planner.question import (
     Checkpoint,
@@ -24,11 +30,13 @@ from expertmesh.core.planner.question import (
     Serving,
     Targets,
 )
-from expertmesh.core.planner.search import search
-from expertmesh.errors import ExpertMeshError, ManifestError
-from expertmesh.spec.auto_parallelism import kv_format, usual_request
+from expertmesh.core.planner.search import search, search_sizes
+from expertmesh.errors import ExpertMeshError, ManifestError, SetupError
 from expertmesh.spec.catalog_hardware import accelerators
 from expertmesh.spec.deployment import DeploymentManifest
+from expertmesh.spec.expert_load import expert_load, read_file
+from expertmesh.spec.given_parallelism import plan_size
+from expertmesh.spec.group_options import kv_format, most_sequences, usual_request
 from expertmesh.spec.load import read_manifests
 from expertmesh.spec.model_config import load_shape
 from expertmesh.spec.planning import catalog_pool, checkpoints_named, platform_pool, unknown_name
@@ -56,6 +64,12 @@ class Subject:
     warnings: tuple[str, ...] = ()
     kv: Dtype = Dtype.BF16
     """Of the cache."""
+    usd_per_hour: float = inf
+    """That a group may cost at most, by the manifest's budget."""
+    layouts: tuple[Layout, ...] = ()
+    """Sizes of groups that its manifest gives; none with `auto`."""
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments that its manifest gives."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +78,8 @@ class Answer:
     plan: Plan | NoPlan
     seconds: float
     """That the search took."""
+    options: tuple[Plan, ...] = ()
+    """Sizes of a group that a controller would be given, the best first."""
 
 
 def plan(
@@ -95,10 +111,14 @@ def plan(
         int | None, typer.Option("--output", help="Tokens of its answer; else 500.")
     ] = None,
     ttft_s: Annotated[
-        float | None, typer.Option("--ttft", help="Seconds to the first token, on average.")
+        float | None, typer.Option("--ttft", help="Seconds to the first token.")
     ] = None,
     tpot_s: Annotated[
         float | None, typer.Option("--tpot", help="Seconds between tokens, on average.")
+    ] = None,
+    attainment: Annotated[
+        float | None,
+        typer.Option(help="Share of requests that get their first token in time; else 0.99."),
     ] = None,
     users: Annotated[
         int | None, typer.Option(help="Requests at the same time; else one full group.")
@@ -112,6 +132,15 @@ def plan(
     ] = False,
     kv: Annotated[
         KvFormat | None, typer.Option(help="Of the KV cache; else as in the manifest, or bf16.")
+    ] = None,
+    loads: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--expert-load",
+            metavar="FILE|URL",
+            help="How often experts are asked: the answer of a rank to GET /em/experts, in a file "
+            "or from the rank itself; once for each rank. Else the usual spread.",
+        ),
     ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="One line each, over all GPUs of the catalogue.")
@@ -144,6 +173,7 @@ def plan(
                 targets,
                 ttft_s=targets.ttft_s if ttft_s is None else ttft_s,
                 tpot_s=targets.tpot_s if tpot_s is None else tpot_s,
+                attainment=targets.attainment if attainment is None else attainment,
             )
             cache = subject.kv if kv is None else Dtype(kv.value)
             subjects.append(replace(subject, targets=targets, kv=cache))
@@ -152,7 +182,12 @@ def plan(
         told: list[Subject] = []
         for subject in subjects:
             question = Question(
-                subject.checkpoints, subject.targets, objective, serving, subject.kv
+                subject.checkpoints,
+                subject.targets,
+                objective,
+                serving,
+                subject.kv,
+                _expert_load(loads or [], subject),
             )
             chosen, note = _pools(subject, pools or [], own, nodes, compare)
             subject = replace(subject, warnings=(*subject.warnings, *((note,) if note else ())))
@@ -160,7 +195,8 @@ def plan(
             for pool in chosen:
                 started_s = time.perf_counter()
                 found = search(question, pool)
-                answers.append(Answer(subject, found, time.perf_counter() - started_s))
+                seconds = time.perf_counter() - started_s
+                answers.append(Answer(subject, found, seconds, _options(question, pool, subject)))
     except ExpertMeshError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
@@ -173,6 +209,38 @@ def plan(
     served = {id(a.subject) for a in answers if isinstance(a.plan, Plan)}
     if any(id(subject) not in served for subject in told):
         raise typer.Exit(_NOTHING_FITS)
+
+
+def _expert_load(sources: list[str], subject: Subject) -> ExpertLoad | None:
+    if not sources:
+        return None
+    counts = {c.shape.experts.count if c.shape.experts else 0 for c in subject.checkpoints}
+    if 0 in counts:
+        raise ManifestError(
+            f"--expert-load: {sources[0]}: {subject.name} has no experts; remove the option"
+        )
+    documents = [_read_load(source) for source in sources]
+    return expert_load(", ".join(sources), documents, counts.pop())
+
+
+def _read_load(source: str) -> Any:
+    if "://" not in source:
+        return read_file(Path(source))
+    token = read_token(MESH_TOKEN_VARIABLE, Path.cwd() / ".expertmesh" / "local" / "mesh_token")
+    if token is None:
+        raise SetupError(
+            f"--expert-load: {source}: {MESH_TOKEN_VARIABLE} is not set, and this folder holds none"
+        )
+    return read_expert_load(source, token)
+
+
+def _options(question: Question, pool: GpuPool, subject: Subject) -> tuple[Plan, ...]:
+    one = replace(question, targets=replace(question.targets, users=None, spare_groups=0))
+    if subject.layouts:
+        given = [plan_size(one, subject.engine, pool, layout) for layout in subject.layouts]
+        return tuple(plan for plan in given if isinstance(plan, Plan))
+    (sizes,) = search_sizes(one, [pool], subject.usd_per_hour)
+    return () if isinstance(sizes, NoPlan) else sizes
 
 
 def _read_platform(file: Path | None) -> PlatformManifest | None:
@@ -218,12 +286,14 @@ def _subject(
             fetch=hub_file,
             overrides=deployment.model.shape,
         )
-        slo = deployment.scaling.slo
+        slo, budget = deployment.scaling.slo, deployment.scaling.budget
         targets = replace(
             targets,
             context_tokens=context_tokens or deployment.model.max_model_len,
             ttft_s=slo.ttft_s,
             tpot_s=slo.tpot_s,
+            attainment=slo.attainment,
+            sequences_per_rank=most_sequences(deployment.engine),
         )
         return (
             Subject(
@@ -233,6 +303,9 @@ def _subject(
                 deployment.pools,
                 (loaded.warning,) if loaded.warning else (),
                 kv_format(deployment.engine),
+                inf if budget is None or budget.usd_per_hour is None else budget.usd_per_hour,
+                tuple(size.to_core() for size in deployment.sizes),
+                deployment.engine,
             ),
             platforms[0] if platforms else None,
         )

@@ -52,6 +52,8 @@ def render(
         best = _best([answer.plan for answer in own if isinstance(answer.plan, Plan)])
         if best is not None and details:
             parts.append(_detail(best, own[0].subject.kv))
+            options = [plan for answer in own if answer.plan is best for plan in answer.options]
+            parts.append(_options(options))
         if explain:
             parts += [_explained(answer.plan, answer.seconds) for answer in own]
     return Group(*parts)
@@ -192,8 +194,12 @@ def _detail(plan: Plan, kv: Dtype) -> RenderableType:
         ),
         (
             "latency",
-            f"TPOT {_ms(group.tpot_s)}"
-            + (f", TTFT {_ms(plan.groups[0].ttft_s)}" if plan.groups[0].ttft_s.expected else ""),
+            f"TPOT {_ms(group.tpot_s)} on average"
+            + (
+                f", TTFT {_ms(plan.groups[0].ttft_s)} for {plan.targets.attainment:.4g} of requests"
+                if plan.groups[0].ttft_s.expected
+                else ""
+            ),
         ),
         (
             "expected",
@@ -211,6 +217,28 @@ def _detail(plan: Plan, kv: Dtype) -> RenderableType:
     return Group(title, _named_lines(rows))
 
 
+def _options(options: Sequence[Plan]) -> Table:
+    """Of the pool above, as the controller gets them; with `auto` the best first."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 2))
+    headers = ("option", "GPUs", "$/h", "requests", "reads/s", "writes/s", "starts in s", "why")
+    for header in headers:
+        left = header in ("option", "why")
+        table.add_column(header, justify="left" if left else "right", overflow="fold")
+    for plan in options:
+        group = plan.serving_group
+        alone = (group.rates.prefill_tokens_per_s or 0.0, group.rates.decode_tokens_per_s or 0.0)
+        table.add_row(
+            _layout(group),
+            str(group.gpus),
+            _money(group.usd_per_hour),
+            f"{group.users:,}",
+            *map(_short, alone),
+            f"{group.start_s:.0f}",
+            plan.why if plan is not options[0] else "",
+        )
+    return table
+
+
 def _named_lines(rows: Sequence[tuple[str, str]]) -> Table:
     grid = Table.grid(padding=(0, 1, 0, 0))
     grid.add_column(style="cyan", no_wrap=True)
@@ -226,6 +254,8 @@ def _explained(plan: Plan | NoPlan, seconds: float) -> RenderableType:
     ]
     if isinstance(plan, Plan):
         parts.append(_named_lines([("memory", _memory(group)) for group in plan.groups]))
+        balanced = [line for group in plan.groups for line in _balance(group)]
+        parts.append(_named_lines(balanced))
         if plan.runners_up:
             parts.append(_runners_up(plan))
     losers = [
@@ -238,6 +268,34 @@ def _explained(plan: Plan | NoPlan, seconds: float) -> RenderableType:
     ]
     parts.append(_named_lines(losers))
     return Group(*parts)
+
+
+def _balance(group: GroupPlan) -> list[tuple[str, str]]:
+    balance = group.balance
+    if balance is None:
+        return []
+    copies = group.layout.redundant_experts
+    placed = f"{balance.after:.2f} as EPLB places them with {copies} copies"
+    lines = [
+        (
+            "experts",
+            f"balancedness {balance.before:.2f} in order"
+            + (f", {placed}" if copies else ", and nothing moves them: there are no copies")
+            + f"; planned for a busiest GPU with {balance.skew:.2f} times the mean",
+        )
+    ]
+    for option in group.copies:
+        fits = f"{_short(option.rate)} tokens/s" if option.rate else "does not fit or meet targets"
+        gain = f", {option.gain_per_slot:+.1%} a slot" if option.gain_per_slot else ""
+        chosen = "  <- chosen" if option.redundant == copies else ""
+        lines.append(
+            (
+                f"+{option.redundant}",
+                f"{option.bytes_per_rank / _GIB:.1f} GiB a GPU, balancedness "
+                f"{option.balancedness:.2f}, {fits}{gain}{chosen}",
+            )
+        )
+    return lines
 
 
 def _memory(group: GroupPlan) -> str:
@@ -307,6 +365,7 @@ def _answer_as_json(answer: "Answer") -> dict[str, Any]:
             "tpot_s": plan.targets.tpot_s,
             "users": plan.targets.users,
             "spare_groups": plan.targets.spare_groups,
+            "attainment": plan.targets.attainment,
         },
         "fits": isinstance(plan, Plan),
         "considered": plan.considered,
@@ -352,6 +411,7 @@ def _answer_as_json(answer: "Answer") -> dict[str, Any]:
             "restart_s": plan.availability.restart_s,
         },
         "groups": [_group_as_json(group, plan, answer.subject.kv) for group in plan.groups],
+        "options": [_option_as_json(option, answer.subject.kv) for option in answer.options],
         "runners_up": [
             {
                 "name": loser.name,
@@ -365,6 +425,22 @@ def _answer_as_json(answer: "Answer") -> dict[str, Any]:
             }
             for loser in plan.runners_up
         ],
+    }
+
+
+def _option_as_json(plan: Plan, kv: Dtype) -> dict[str, Any]:
+    group = plan.serving_group
+    sizes = group.parallelism
+    return {
+        "parallelism": {"tensor": sizes.tensor, "data": sizes.data, "expert": sizes.expert},
+        "gpus": group.gpus,
+        "usd_per_hour": group.usd_per_hour,
+        "in_flight": group.rates.in_flight,
+        "prefill_tokens_per_s": group.rates.prefill_tokens_per_s,
+        "decode_tokens_per_s": group.rates.decode_tokens_per_s,
+        "start_s": group.start_s,
+        "why": plan.why,
+        "engine": engine_settings(group, plan.pool, kv).engine,
     }
 
 
@@ -388,6 +464,7 @@ def _group_as_json(group: GroupPlan, plan: Plan, kv: Dtype) -> dict[str, Any]:
         "tokens_per_s": _range_as_json(group.tokens_per_s),
         "tpot_s": _range_as_json(group.tpot_s),
         "ttft_s": _range_as_json(group.ttft_s),
+        "balance": _balance_as_json(group),
         "limit": group.limit,
         "time_limit": group.time_limit,
         "usd_per_hour": group.usd_per_hour,
@@ -425,6 +502,25 @@ def _group_as_json(group: GroupPlan, plan: Plan, kv: Dtype) -> dict[str, Any]:
             "memory_bytes": settings.node.memory_bytes,
             "shared_memory_bytes": settings.node.shared_memory_bytes,
         },
+    }
+
+
+def _balance_as_json(group: GroupPlan) -> dict[str, Any] | None:
+    if group.balance is None:
+        return None
+    return {
+        "before": group.balance.before,
+        "after": group.balance.after,
+        "skew": group.balance.skew,
+        "copies": [
+            {
+                "redundant": option.redundant,
+                "bytes_per_gpu": option.bytes_per_rank,
+                "balancedness": option.balancedness,
+                "tokens_per_s": option.rate,
+            }
+            for option in group.copies
+        ],
     }
 
 

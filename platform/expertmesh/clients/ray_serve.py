@@ -58,6 +58,8 @@ class RayNode:
     """Value of the node label expertmesh.io/pool."""
     workers_total: float
     """CPUs of a CPU pool's node, accelerators otherwise."""
+    name: str = ""
+    """As the node was named when it started; its address when it was not."""
 
 
 class RayServeClient:
@@ -200,4 +202,5 @@ def _node(row: Mapping[str, Any]) -> RayNode:
         alive=row["state"] == "ALIVE",
         pool=(row.get("labels") or {}).get(POOL_LABEL),
         workers_total=float(resources.get("GPU") or resources.get("CPU") or 0),
+        name=str(row.get("node_name") or ""),
     )

@@ -10,6 +10,7 @@ from aiohttp import web
 
 from expertmesh.core.domain.fleet import Fleet
 from expertmesh.core.domain.traffic import GatewayReport
+from expertmesh.core.scaling.demand import Flow, GroupDoing
 from expertmesh.errors import ExpertMeshError
 
 _log = logging.getLogger(__name__)
@@ -18,6 +19,8 @@ _BODY_LIMIT_BYTES = 1 << 20
 """A report of a thousand groups is about 200 kB."""
 _NAME_LIMIT = 200
 _DECISIONS_LIMIT = 1000
+_LARGEST = 2**53
+"""Of a count or a sum: differences of larger ones could not be told as JSON numbers."""
 _OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 _JSON = "application/json"
 
@@ -26,6 +29,17 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 class MetricsText(Protocol):
     def text(self) -> bytes: ...
+
+
+class RoleView(Protocol):
+    """Whether this process leads; without one it always does."""
+
+    @property
+    def leads(self) -> bool: ...
+    @property
+    def leader_url(self) -> str | None:
+        """Of another process that leads, as far as is known."""
+        ...
 
 
 class ControllerView(Protocol):
@@ -38,12 +52,16 @@ class ControllerView(Protocol):
     def exchange(self, report: GatewayReport) -> Fleet | None: ...
     def summaries(self) -> dict[str, dict[str, Any]]: ...
     async def decisions(self, limit: int, model: str | None) -> list[dict[str, Any]]: ...
+    def doing(self) -> dict[str, GroupDoing]: ...
+    def flows(self) -> dict[str, Flow]: ...
     def not_ready(self) -> dict[str, str]: ...
     def is_stuck(self) -> bool: ...
 
 
-def build_api(controller: ControllerView, mesh_token: str) -> web.Application:
-    api = _Api(controller, mesh_token)
+def build_api(
+    controller: ControllerView, mesh_token: str, role: RoleView | None = None
+) -> web.Application:
+    api = _Api(controller, mesh_token, role)
     app = web.Application(
         middlewares=[api.answer_errors, api.check_token], client_max_size=_BODY_LIMIT_BYTES
     )
@@ -57,8 +75,9 @@ def build_api(controller: ControllerView, mesh_token: str) -> web.Application:
 
 
 class _Api:
-    def __init__(self, controller: ControllerView, mesh_token: str) -> None:
+    def __init__(self, controller: ControllerView, mesh_token: str, role: RoleView | None) -> None:
         self._controller = controller
+        self._role = role
         self._token = mesh_token.encode()
 
     @web.middleware
@@ -112,17 +131,27 @@ class _Api:
             return _error(400, "bad_report", fault)
         fleet = self._controller.exchange(report)
         if fleet is None:
+            elsewhere = self._not_leader()
+            if elsewhere is not None:
+                return elsewhere
             response = _error(503, "starting", "no decision yet; keep the last fleet, ask again")
             response.headers["Retry-After"] = "1"
             return response
         return web.Response(body=msgspec.json.encode(fleet), content_type=_JSON)
 
     async def fleet(self, request: web.Request) -> web.Response:
-        """The fleet with its loads, and the newest decision of each model in words."""
-        fleet = self._controller.fleet
+        """The fleet with its loads, what groups do and what gateways take per second, and the
+        newest decision of each model in words."""
+        controller = self._controller
+        fleet = controller.fleet
         if fleet is None:
-            return _error(503, "starting", "no decision yet; ask again")
-        shown = {**msgspec.to_builtins(fleet), "decisions": self._controller.summaries()}
+            return self._not_leader() or _error(503, "starting", "no decision yet; ask again")
+        shown = {
+            **msgspec.to_builtins(fleet),
+            "doing": controller.doing(),
+            "flows": controller.flows(),
+            "decisions": controller.summaries(),
+        }
         return web.Response(body=msgspec.json.encode(shown), content_type=_JSON)
 
     async def decisions(self, request: web.Request) -> web.Response:
@@ -147,16 +176,33 @@ class _Api:
         """Everybody may see which steps fail; why they fail is for those with the token."""
         problems = self._controller.not_ready()
         if not problems:
-            return web.Response(body=b'{"status":"ready"}', content_type=_JSON)
+            follows = self._role is not None and not self._role.leads
+            shown = {"status": "ready"} | ({"role": "follower"} if follows else {})
+            return web.Response(body=msgspec.json.encode(shown), content_type=_JSON)
         failing: Any = problems if self._has_token(request) else sorted(problems)
         body = msgspec.json.encode({"status": "not ready", "failing": failing})
         return web.Response(status=503, body=body, content_type=_JSON)
+
+    def _not_leader(self) -> web.Response | None:
+        if self._role is None or self._role.leads or self._role.leader_url is None:
+            return None
+        leader = self._role.leader_url
+        error = {
+            "code": "not_leader",
+            "message": f"this controller follows; ask the leader, {leader}",
+            "leader": leader,
+        }
+        return web.Response(
+            status=503, body=msgspec.json.encode({"error": error}), content_type=_JSON
+        )
 
 
 def _fault(report: GatewayReport) -> str | None:
     """What JSON's types cannot say about a report."""
     if not 0 < len(report.gateway) <= _NAME_LIMIT:
         return f"gateway: write a name of 1 to {_NAME_LIMIT} characters"
+    if report.number < 0:
+        return f"number: {report.number} is negative"
     if report.fleet_version < 0:
         return f"fleet_version: {report.fleet_version} is negative"
     for kind, counts in (("models", report.models), ("groups", report.groups)):
@@ -164,6 +210,8 @@ def _fault(report: GatewayReport) -> str | None:
             for field, value in msgspec.to_builtins(values).items():
                 if value < 0:
                     return f"{kind}.{name}.{field}: {value} is negative"
+                if value > _LARGEST:
+                    return f"{kind}.{name}.{field}: {value} is above 2**53"
     return None
 
 

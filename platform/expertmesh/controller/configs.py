@@ -1,7 +1,7 @@
 """From manifests to what the scaling core and the gateways need of them."""
 
 from expertmesh.core.domain.deployment import ModelDeployment, ScalingRules
-from expertmesh.core.domain.fleet import Parallelism, ServedModel
+from expertmesh.core.domain.fleet import ServedModel
 from expertmesh.core.domain.hardware import Pool
 from expertmesh.core.scaling.contract import ScalingConfig, Timing
 
@@ -14,12 +14,14 @@ def scaling_config(
     return ScalingConfig(
         model=deployment.name,
         source=deployment.source,
-        parallelism=deployment.parallelism,
         max_model_len=deployment.max_model_len,
         rules=deployment.scaling,
         pools=tuple(pool for pool in pools if pool.name in deployment.pools),
-        engine=deployment.engine,
+        options=deployment.options,
         timing=timing,
+        slo=deployment.slo,
+        max_wait_s=deployment.max_wait_s,
+        external=deployment.external,
     )
 
 
@@ -28,7 +30,6 @@ def retired_config(model: str, timing: Timing) -> ScalingConfig:
     return ScalingConfig(
         model=model,
         source="",
-        parallelism=Parallelism(tensor=1, data=1, expert=1),
         max_model_len=0,
         rules=ScalingRules(
             min_groups=0,
@@ -40,6 +41,7 @@ def retired_config(model: str, timing: Timing) -> ScalingConfig:
             usd_per_hour_budget=None,
         ),
         pools=(),
+        options=(),
         timing=timing,
     )
 

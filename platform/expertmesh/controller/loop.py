@@ -18,13 +18,14 @@ from expertmesh.controller.gateways import GatewayBook
 from expertmesh.controller.health import StepHealth
 from expertmesh.controller.holds import CapacityKeeper, CapacityLedger
 from expertmesh.controller.journal import QUIET_S, DecisionJournal, JournalStore
-from expertmesh.controller.loads import EngineLoads, group_loads
+from expertmesh.controller.loads import EngineLoads, group_loads, groups_doing
 from expertmesh.controller.metrics import ControllerMetrics
 from expertmesh.controller.observe import (
     Observer,
     RankProbe,
     ServeView,
     Snapshot,
+    SpotNotices,
     Surroundings,
     observation_of,
 )
@@ -38,6 +39,7 @@ from expertmesh.core.scaling.contract import (
     ScalingConfig,
     Timing,
 )
+from expertmesh.core.scaling.demand import Flow, GroupDoing
 from expertmesh.core.scaling.policy import decide
 from expertmesh.core.scaling.replay import DecisionRecord
 
@@ -63,6 +65,9 @@ class ControllerParts:
     ledger: CapacityLedger
     now_s: Callable[[], float]
     """Unix time."""
+    notices: SpotNotices | None = None
+    writer: ServeWriter | None = None
+    """Where the wanted groups are written, if not through `serve` itself."""
 
 
 class Controller:
@@ -90,14 +95,15 @@ class Controller:
         self._poked_for: set[str] = set()
         """Models whose waiting requests have ended a pause of the loop, until they have a group."""
 
-        self._observer = Observer(parts.serve, parts.probe)
-        self._applier = Applier(parts.serve)
+        self._observer = Observer(parts.serve, parts.probe, parts.notices, parts.now_s)
+        self._applier = Applier(parts.writer or parts.serve)
         self._journal = DecisionJournal(parts.journal)
         self._keeper = CapacityKeeper(parts.ledger)
         self._gateways = GatewayBook(timing.gateway_forget_s)
         # Milliseconds: above every version of an earlier controller, which adds one a change.
         self._board = FleetBoard(models, first_version=int(self._started_at_s * 1000))
         self._engine_loads = EngineLoads()
+        self._doing: dict[str, GroupDoing] = {}
         self._health = StepHealth()
         self.metrics = ControllerMetrics()
 
@@ -142,6 +148,14 @@ class Controller:
             }
             for model, decision in sorted(self._last.items())
         }
+
+    def doing(self) -> dict[str, GroupDoing]:
+        """By group, as of the last turn; those of which it is known."""
+        return self._doing
+
+    def flows(self) -> dict[str, Flow]:
+        """By model, over all gateways that report, as of the last decision."""
+        return {model: decision.demand.flow for model, decision in sorted(self._last.items())}
 
     def not_ready(self) -> dict[str, str]:
         """By step, why the controller cannot do its work; empty when it can."""
@@ -191,8 +205,8 @@ class Controller:
                 return
         snapshot = await self._observer.look(self._records())
         self.metrics.saw_ranks(snapshot.ranks.values())
-        self._engine_loads.saw(snapshot.ranks.values())
-        for what in ("applications", "nodes", "placement groups"):
+        self._engine_loads.saw(snapshot.ranks, snapshot.answered_at_s)
+        for what in ("applications", "nodes", "placement groups", "spot notices"):
             if what in snapshot.problems:
                 self._health.failed(f"observe {what}", snapshot.problems[what])
             else:
@@ -201,6 +215,8 @@ class Controller:
             await self._meet(snapshot)
         now_s = self._now_s()
         self._gateways.forget_silent(now_s)
+        latencies = self._gateways.latencies(now_s - self._timing.gateway_stale_s)
+        self._doing = groups_doing(self._records(), self._engine_loads, latencies)
         for model in sorted(self._configs):
             await self._step(f"decide {model}", self._decide(self._configs[model], snapshot, now_s))
         self._drop_retired()
@@ -273,6 +289,7 @@ class Controller:
             held_since_s={name: hold.started_at_s for name, hold in self._open_holds.items()},
             first_look=config.model not in self._looked,
             settled=self._is_settled(now_s),
+            doing=self._doing,
         )
         observation = observation_of(config, before, snapshot, around)
         decision = decide(config, before, observation, now_s)

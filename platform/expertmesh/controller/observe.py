@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Iterable, Mapping
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
@@ -25,7 +26,7 @@ from expertmesh.core.scaling.contract import (
     ScalingConfig,
     workers_of,
 )
-from expertmesh.core.scaling.demand import GatewaySeen
+from expertmesh.core.scaling.demand import GatewaySeen, GroupDoing
 from expertmesh.errors import UpstreamUnavailable
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,15 @@ class ServeView(Protocol):
 class RankProbe(Protocol):
     async def info(self, base_url: str) -> RankInfo | None:
         """None when the rank does not answer as a rank; never raises."""
+        ...
+
+
+class SpotNotices(Protocol):
+    """What providers have announced about nodes that they will take away."""
+
+    async def read(self) -> Mapping[str, float]:
+        """By a node's id in Ray, its address or its name: the Unix time at which it is taken.
+        Raises UpstreamUnavailable."""
         ...
 
 
@@ -84,14 +94,27 @@ class Snapshot:
     """By base URL; only the addresses that were probed."""
     failures: Mapping[str, int]
     """By base URL: probes in a row without an answer."""
+    answered_at_s: Mapping[str, float] = field(default_factory=dict)
+    """By base URL: when the answer came, for those that answered."""
+    notices: Mapping[str, float] = field(default_factory=dict)
+    """See `SpotNotices`; the last ones that could be read."""
     problems: Mapping[str, str] = field(default_factory=dict)
     """What could not be seen, and why."""
 
 
 class Observer:
-    def __init__(self, serve: ServeView, probe: RankProbe) -> None:
+    def __init__(
+        self,
+        serve: ServeView,
+        probe: RankProbe,
+        notices: SpotNotices | None = None,
+        now_s: Callable[[], float] = time.time,
+    ) -> None:
         self._serve = serve
         self._probe = probe
+        self._notices = notices
+        self._now_s = now_s
+        self._noticed: Mapping[str, float] = {}
         self._failures: dict[str, int] = {}
         self._probes = asyncio.Semaphore(_PROBES_AT_ONCE)
 
@@ -101,26 +124,43 @@ class Observer:
         leaving = any(record.removed_at_s is not None for record in records)
         known = {rank.base_url for record in records for rank in _probed_ranks(record)}
         problems: dict[str, str] = {}
-        applications, nodes, placement_groups, ranks = await asyncio.gather(
+        answered_at_s: dict[str, float] = {}
+        applications, nodes, placement_groups, noticed, ranks = await asyncio.gather(
             self._ask("applications", self._serve.applications(), problems),
             self._ask("nodes", self._serve.nodes(), problems),
             self._ask("placement groups", self._serve.placement_group_names(), problems)
             if leaving
             else _nothing(),
-            self._probe_all(known),
+            self._ask("spot notices", self._notices.read(), problems, "their source")
+            if self._notices is not None
+            else _nothing(),
+            self._probe_all(known, answered_at_s),
         )
+        if noticed is not None:
+            self._noticed = noticed
         listed = {url for application in applications or () for url in application.rank_urls}
-        ranks |= await self._probe_all(listed - known)
+        ranks |= await self._probe_all(listed - known, answered_at_s)
         self._failures = {
             url: 0 if info is not None else self._failures.get(url, 0) + 1
             for url, info in ranks.items()
         }
         return Snapshot(
-            applications, nodes, placement_groups, ranks, dict(self._failures), problems
+            applications=applications,
+            nodes=nodes,
+            placement_groups=placement_groups,
+            ranks=ranks,
+            failures=dict(self._failures),
+            answered_at_s=answered_at_s,
+            notices=self._noticed,
+            problems=problems,
         )
 
     async def _ask(
-        self, what: str, question: Awaitable[_Answer], problems: dict[str, str]
+        self,
+        what: str,
+        question: Awaitable[_Answer],
+        problems: dict[str, str],
+        who: str = "Ray's dashboard",
     ) -> _Answer | None:
         try:
             async with asyncio.timeout(_SERVE_TIMEOUT_S):
@@ -128,16 +168,21 @@ class Observer:
         except UpstreamUnavailable as error:
             problems[what] = str(error)
         except TimeoutError:
-            problems[what] = f"Ray's dashboard did not answer within {_SERVE_TIMEOUT_S:g} s"
+            problems[what] = f"{who} did not answer within {_SERVE_TIMEOUT_S:g} s"
         except Exception as error:
             _log.exception("cannot read the %s", what)
             problems[what] = f"{type(error).__name__}: {error}"
         return None
 
-    async def _probe_all(self, urls: set[str]) -> dict[str, RankInfo | None]:
+    async def _probe_all(
+        self, urls: set[str], answered_at_s: dict[str, float]
+    ) -> dict[str, RankInfo | None]:
         async def one(url: str) -> RankInfo | None:
             async with self._probes:
-                return await self._probe.info(url)
+                info = await self._probe.info(url)
+            if info is not None:
+                answered_at_s[url] = self._now_s()
+            return info
 
         ordered = sorted(urls)
         answers = await asyncio.gather(*(one(url) for url in ordered))
@@ -165,6 +210,8 @@ class Surroundings:
     held_since_s: Mapping[str, float]
     first_look: bool
     settled: bool
+    doing: Mapping[str, GroupDoing] = field(default_factory=dict)
+    """By group; those of which it is known."""
 
 
 def observation_of(
@@ -181,12 +228,18 @@ def observation_of(
         }
     )
     alive = _alive_nodes(snapshot.nodes)
+    leaving = _leaving_nodes(snapshot)
     return Observation(
         groups=tuple(
-            _group_seen(name, records.get(name), applications.get(name), snapshot, alive, around)
+            _group_seen(
+                name, records.get(name), applications.get(name), snapshot, alive, leaving, around
+            )
             for name in own
         ),
-        pools=tuple(_pool_seen(pool, snapshot.nodes, around.elsewhere) for pool in config.pools),
+        pools=tuple(
+            _pool_seen(pool, snapshot.nodes, around.elsewhere, applications, leaving)
+            for pool in config.pools
+        ),
         gateways=around.gateways,
         serve_answers=snapshot.applications is not None,
         first_look=around.first_look and snapshot.applications is not None,
@@ -203,6 +256,7 @@ def _group_seen(
     application: Application | None,
     snapshot: Snapshot,
     alive: frozenset[str] | None,
+    leaving: Mapping[str, float],
     around: Surroundings,
 ) -> GroupSeen:
     urls = set(application.rank_urls) if application else set()
@@ -221,6 +275,8 @@ def _group_seen(
         placement_group=placement_group,
         spec=_changed_spec(record, application),
         held_since_s=around.held_since_s.get(name) if record is None else None,
+        doing=around.doing.get(name),
+        leaving_at_s=min(_leaving_ranks(record, application, leaving), default=None),
     )
 
 
@@ -266,22 +322,61 @@ def _alive_nodes(nodes: tuple[RayNode, ...] | None) -> frozenset[str] | None:
     return None if nodes is None else frozenset(node.node_id for node in nodes if node.alive)
 
 
+def _leaving_nodes(snapshot: Snapshot) -> Mapping[str, float]:
+    """By node id and by all that notices name: the Unix time at which the node is taken."""
+    notices = {key: at_s for key, at_s in snapshot.notices.items() if key}
+    leaving = dict(notices)
+    for node in (snapshot.nodes or ()) if notices else ():
+        times = [notices[key] for key in (node.node_id, node.ip, node.name) if key in notices]
+        if times:
+            leaving[node.node_id] = min(times)
+    return leaving
+
+
+def _leaving_ranks(
+    record: GroupRecord | None, application: Application | None, leaving: Mapping[str, float]
+) -> list[float]:
+    """The times, one for each rank on a node that will be taken; while Serve is silent, the ranks
+    are where they were when the group was last ready."""
+    if not leaving:
+        return []
+    if application is not None:
+        places = [(replica.node_id, replica.node_ip) for replica in application.replicas]
+    else:
+        places = [(member.partition("/")[0], "") for member in record.members] if record else []
+    return [
+        leaving[node_id] if node_id in leaving else leaving[node_ip]
+        for node_id, node_ip in places
+        if node_id in leaving or node_ip in leaving
+    ]
+
+
 def _pool_seen(
-    pool: Pool, nodes: tuple[RayNode, ...] | None, elsewhere: tuple[GroupRecord, ...]
+    pool: Pool,
+    nodes: tuple[RayNode, ...] | None,
+    elsewhere: tuple[GroupRecord, ...],
+    applications: Mapping[str, Application],
+    leaving: Mapping[str, float],
 ) -> PoolSeen:
+    """A node that will be taken is no room, so what runs there takes none either."""
+
+    def workers(record: GroupRecord) -> int:
+        app = applications.get(record.spec.name)
+        leaving_ranks = len(_leaving_ranks(record, app, leaving))
+        parallelism = record.spec.parallelism
+        return max(0, workers_of(parallelism) - leaving_ranks * parallelism.tensor)
+
     here = [record for record in elsewhere if record.spec.pool == pool.name]
     live = None
     if nodes is not None:
         live = sum(
             int(min(node.workers_total, pool.workers_per_node))
             for node in nodes
-            if node.alive and node.pool == pool.name
+            if node.alive and node.pool == pool.name and node.node_id not in leaving
         )
     return PoolSeen(
         name=pool.name,
         live_workers=live,
-        used_elsewhere=sum(workers_of(record.spec.parallelism) for record in here),
-        staying_elsewhere=sum(
-            workers_of(record.spec.parallelism) for record in here if record.removed_at_s is None
-        ),
+        used_elsewhere=sum(workers(record) for record in here),
+        staying_elsewhere=sum(workers(record) for record in here if record.removed_at_s is None),
     )

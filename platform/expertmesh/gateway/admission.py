@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final
 
 from expertmesh.core.admission.drain_rate import DrainRate
@@ -52,6 +53,7 @@ class Admission:
     def enter(self, flight: Flight) -> None:
         """Launches the flight, queues it or turns it away."""
         call = flight.call
+        self._view.arrived(call)
         queue = self._queues.get(call.model.name)
         if queue is None or not queue.requests:
             candidate = self._view.choose(call)
@@ -124,20 +126,31 @@ class Admission:
         return queue.tokens if queue is not None else 0
 
     def traffic(self) -> dict[str, ModelTraffic]:
-        names = {*self._view.names, *self._queues, *self._view.arrivals}
+        names = {*self._view.names, *self._queues, *self._view.counts}
         return {name: self._traffic(name) for name in sorted(names)}
 
     def _traffic(self, model: str) -> ModelTraffic:
-        arrivals = self._view.arrivals.get(model, 0)
+        count = self._view.count_of(model)
+        traffic = ModelTraffic(
+            arrivals_total=count.arrivals,
+            arrived_prompt_tokens_total=count.arrived_prompt_tokens,
+            finished_total=count.finished,
+            uncached_prompt_tokens_total=count.uncached_prompt_tokens,
+            output_tokens_total=count.output_tokens,
+            external_requests_total=count.external_requests,
+            external_prompt_tokens_total=count.external_prompt_tokens,
+            external_output_tokens_total=count.external_output_tokens,
+        )
         queue = self._queues.get(model)
         if queue is None or not queue.requests:
-            return ModelTraffic(arrivals_total=arrivals)
+            return traffic
         oldest_s = queue.oldest_at_s
-        return ModelTraffic(
+        return replace(
+            traffic,
             queued_requests=queue.requests,
             queued_tokens=queue.tokens,
+            queued_prompt_tokens=count.queued_prompt_tokens,
             oldest_wait_s=0.0 if oldest_s is None else self._now_s() - oldest_s,
-            arrivals_total=arrivals,
             wake_requests=0 if self._view.is_ready(model) else queue.requests,
         )
 
@@ -175,6 +188,7 @@ class Admission:
             if refuse:
                 self._turn_away(flight, "queue_full")
             return False
+        self._count_queued(call, call.prompt_guess)
         flight.state = State.QUEUED
         flight.since_s = now_s
         flight.waiting = waiting
@@ -207,7 +221,13 @@ class Admission:
     def _left(self, flight: Flight) -> None:
         flight.waiting = None
         flight.state = State.NEW
-        flight.call.queue_s += self._now_s() - flight.since_s
+        call = flight.call
+        call.queue_s += self._now_s() - flight.since_s
+        self._count_queued(call, -call.prompt_guess)
+
+    def _count_queued(self, call: Call, prompt_tokens: int) -> None:
+        if call.endpoint.metered:
+            self._view.count_of(call.model.name).queued_prompt_tokens += prompt_tokens
 
     def _turn_away(self, flight: Flight, reason: str) -> None:
         call = flight.call

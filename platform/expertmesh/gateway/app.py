@@ -174,7 +174,6 @@ class Gateway:
         if self.draining and not view.is_ready(model.name):
             self.refuse(request, client, ApiError(503, "The gateway shuts down.", retry_after_s=1))
             return
-        view.arrived(model.name)
         prompt_guess = self._sizes.guess(model.name, len(question.body), model.max_model_len)
         call_id = self._ids.new()
         call = Call(

@@ -263,6 +263,8 @@ class Call(msgspec.Struct, eq=False):
     usage: TokenCount | None = None
     rejected: bool = False
     """The rank found fault with the request itself, and did not run it."""
+    asked_s: float = 0.0
+    """When a rank was asked last."""
     first_byte_s: float | None = None
     journaled: OpenCall | None = None
     """Its beginning in the usage journal."""

@@ -11,6 +11,7 @@ from expertmesh.core.domain.fleet import Fleet
 from expertmesh.core.domain.traffic import GatewayReport, GroupTraffic
 from expertmesh.errors import UpstreamUnavailable
 from expertmesh.gateway.admission import Admission
+from expertmesh.gateway.controllers import ControllerUrls
 from expertmesh.gateway.fleet_view import FleetView
 from expertmesh.gateway.limits import GatewayLimits
 
@@ -19,8 +20,18 @@ _log = logging.getLogger(__name__)
 _decode_fleet = msgspec.json.Decoder(Fleet).decode
 
 
+class _NotLeader(UpstreamUnavailable):
+    def __init__(self, asked: str, leader: str) -> None:
+        super().__init__(f"{asked}: follows {leader}")
+        self.leader = leader
+
+
+class _Starting(UpstreamUnavailable):
+    """It will lead, and needs the reports until it does."""
+
+
 class Exchange:
-    """Keeps the last fleet while the controller does not answer."""
+    """Keeps the last fleet while no controller answers as the leader."""
 
     def __init__(
         self,
@@ -33,10 +44,10 @@ class Exchange:
         limits: GatewayLimits,
         wake: asyncio.Event,
     ) -> None:
-        """`gateway` names this worker, uniquely for each start. `wake` is set when something must
-        be told at once."""
+        """`controller_url`: one, or several with commas between. `gateway` names this worker,
+        uniquely for each start. `wake` is set when something must be told at once."""
         self._http = http
-        self._url = controller_url.rstrip("/") + "/v1/exchange"
+        self._controllers = ControllerUrls(controller_url.split(","))
         self._headers = {
             "Authorization": f"Bearer {mesh_token}",
             "Content-Type": "application/json",
@@ -46,8 +57,10 @@ class Exchange:
         self._admission = admission
         self._wake = wake
         self._timeout = aiohttp.ClientTimeout(total=limits.exchange_timeout_s)
+        self._patience_s = limits.exchange_timeout_s
         self._period_s = limits.exchange_period_s
         self._failing = False
+        self._reports = 0
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -78,9 +91,11 @@ class Exchange:
         self._admission.fleet_changed()
 
     def report(self) -> GatewayReport:
+        self._reports += 1
         return GatewayReport(
             gateway=self._gateway,
             sent_at_s=time.time(),
+            number=self._reports,
             models=self._admission.traffic(),
             groups={
                 name: GroupTraffic(
@@ -100,18 +115,49 @@ class Exchange:
 
     async def _exchange(self) -> Fleet:
         body = msgspec.json.encode(self.report())
+        controllers = self._controllers
+        controllers.begin()
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + self._patience_s
+        while True:
+            problem: UpstreamUnavailable
+            try:
+                return await self._ask(controllers.current, body)
+            except _Starting:
+                raise
+            except _NotLeader as error:
+                known, problem = controllers.follows(error.leader), error
+            except UpstreamUnavailable as error:
+                known, problem = controllers.failed(), error
+            # One that does not answer costs its time: the next one is then asked next time.
+            if not known or loop.time() >= until_s:
+                raise problem
+
+    async def _ask(self, controller: str, body: bytes) -> Fleet:
+        url = f"{controller}/v1/exchange"
         try:
             async with self._http.post(
-                self._url, data=body, headers=self._headers, timeout=self._timeout
+                url, data=body, headers=self._headers, timeout=self._timeout
             ) as response:
                 answer = await response.read()
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise UpstreamUnavailable(
-                f"{self._url}: {str(error) or type(error).__name__}"
-            ) from error
+            raise UpstreamUnavailable(f"{url}: {str(error) or type(error).__name__}") from error
         if response.status != 200:
-            raise UpstreamUnavailable(f"{self._url}: answered with status {response.status}")
+            raise _refusal(url, response.status, answer)
         try:
             return _decode_fleet(answer)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise UpstreamUnavailable(f"{self._url}: sent no fleet: {error}") from error
+            raise UpstreamUnavailable(f"{url}: sent no fleet: {error}") from error
+
+
+def _refusal(url: str, status: int, answer: bytes) -> UpstreamUnavailable:
+    shown = f"{url}: answered with status {status}"
+    try:
+        error = msgspec.json.decode(answer)["error"]
+        if error["code"] == "not_leader":
+            return _NotLeader(url, str(error["leader"]))
+        if error["code"] == "starting":
+            return _Starting(f"{shown}: it starts")
+    except (msgspec.DecodeError, UnicodeDecodeError, LookupError, TypeError):
+        pass
+    return UpstreamUnavailable(shown)

@@ -12,6 +12,8 @@ from expertmesh.core.routing.health import Evidence, RankState
 from expertmesh.core.routing.prefix import prefix_blocks
 from expertmesh.core.routing.router import Router
 from expertmesh.gateway.call import Call
+from expertmesh.gateway.model_count import ModelCount
+from expertmesh.gateway.usage import TokenCount
 
 _NO_LOAD: Final = GroupLoad()
 _LEAST_PREFIX_BYTES: Final = 2048
@@ -73,8 +75,8 @@ class FleetView:
         self.lost: frozenset[str] = frozenset()
         """Names of groups whose open requests will hardly be answered."""
         self.groups: Final[dict[str, GroupCount]] = {}
-        self.arrivals: Final[dict[str, int]] = {}
-        """Requests accepted since the start, by model."""
+        self.counts: Final[dict[str, ModelCount]] = {}
+        """By model."""
 
     def apply(self, fleet: Fleet) -> bool:
         """False when nothing but loads has changed. Not decided by the version, which starts anew
@@ -124,8 +126,30 @@ class FleetView:
         groups = self.fleet.groups if self.fleet is not None else ()
         return tuple(group for group in groups if group.model == model)
 
-    def arrived(self, model: str) -> None:
-        self.arrivals[model] = self.arrivals.get(model, 0) + 1
+    def count_of(self, model: str) -> ModelCount:
+        count = self.counts.get(model)
+        if count is None:
+            count = self.counts[model] = ModelCount()
+        return count
+
+    def arrived(self, call: Call) -> None:
+        """Within its tenant's limits, whatever becomes of it."""
+        if call.endpoint.metered:
+            count = self.count_of(call.model.name)
+            count.arrivals += 1
+            count.arrived_prompt_tokens += call.prompt_guess
+
+    def answered_with(self, call: Call, tokens: TokenCount) -> None:
+        """Whole or in part, by the rank or provider that was asked last."""
+        count = self.count_of(call.model.name)
+        if call.candidate is not None and call.candidate.external is not None:
+            count.external_requests += 1
+            count.external_prompt_tokens += tokens.prompt
+            count.external_output_tokens += tokens.completion
+        else:
+            count.finished += 1
+            count.uncached_prompt_tokens += tokens.prompt - tokens.cached
+            count.output_tokens += tokens.completion
 
     def choose(self, call: Call) -> Candidate | None:
         """A sound rank with room, or None: then the call has to wait."""
@@ -206,7 +230,7 @@ class FleetView:
             self._set_full(candidate.group, count)
 
     def timed(self, group: str, ttft_s: float, tpot_s: float | None) -> None:
-        """Of one answer, for the reports."""
+        """Of one answer, for the reports; `ttft_s` from when the rank was asked."""
         count = self.groups.get(group)
         if count is not None:
             count.ttft_s_sum += ttft_s

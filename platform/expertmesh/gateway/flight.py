@@ -292,7 +292,7 @@ class Flight:
         self._mode = _Mode.WHOLE
         self.call.events = None
         limits = relay.limits
-        self.since_s = relay.now_s()
+        self.call.asked_s = self.since_s = relay.now_s()
         self.limit_s = (
             limits.first_byte_timeout_s
             if self.call.question.stream

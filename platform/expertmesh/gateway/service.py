@@ -48,6 +48,7 @@ class Worker:
     name: str
     """Unique for each start: `<host>-<pid>-<start time>`."""
     controller_url: str
+    """One, or several with commas between."""
     mesh_token: str = field(repr=False)
     limits: GatewayLimits = field(default_factory=GatewayLimits)
     routing: RoutingConfig = field(default_factory=RoutingConfig)

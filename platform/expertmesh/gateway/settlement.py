@@ -153,6 +153,8 @@ class Settlement:
         candidate = call.candidate
         assert candidate is not None
         trace_id = call.trace.id if call.trace is not None else ""
+        if count is not _NOTHING:
+            self._view.answered_with(call, count)
         served = self._metrics.served(call.model.name, candidate.pool)
         served.duration.observe(duration_s, trace_id)
         served.prompt_tokens.value += count.prompt - count.cached
@@ -168,7 +170,7 @@ class Settlement:
         if count.completion > 1:
             tpot_s = (duration_s - ttft_s) / (count.completion - 1)
             served.tpot.observe(tpot_s, trace_id)
-        self._view.timed(candidate.group, ttft_s, tpot_s)
+        self._view.timed(candidate.group, call.first_byte_s - call.asked_s, tpot_s)
 
     def _log(self, call: Call, count: TokenCount, duration_s: float) -> None:
         candidate = call.candidate

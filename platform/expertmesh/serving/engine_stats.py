@@ -6,14 +6,22 @@ The load comes from vLLM's Prometheus registry, the capacity from its configurat
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.v1.metrics.reader import Gauge, get_metrics_snapshot
+from vllm.v1.metrics.reader import Counter, Gauge, get_metrics_snapshot
+
+_COMPUTED = "local_compute"
+"""As against prompt tokens that came from a cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    running: int
-    waiting: int
-    kv_usage: float
+    """What it does now, and what it has done since it started."""
+
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+    uncached_prompt_tokens_total: int = 0
+    output_tokens_total: int = 0
+    preemptions_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +52,18 @@ def _count(value: object) -> int:
 
 
 def read_load() -> EngineLoad:
-    gauges = {
-        metric.name: metric.value
-        for metric in get_metrics_snapshot()
-        if isinstance(metric, Gauge) and "reason" not in metric.labels
-    }
+    gauges: dict[str, float] = {}
+    totals: dict[str, int] = {}
+    for metric in get_metrics_snapshot():
+        if isinstance(metric, Gauge) and "reason" not in metric.labels:
+            gauges[metric.name] = metric.value
+        elif isinstance(metric, Counter) and metric.labels.get("source", _COMPUTED) == _COMPUTED:
+            totals[metric.name] = totals.get(metric.name, 0) + metric.value
     return EngineLoad(
         running=int(gauges.get("vllm:num_requests_running", 0)),
         waiting=int(gauges.get("vllm:num_requests_waiting", 0)),
         kv_usage=float(gauges.get("vllm:kv_cache_usage_perc", 0.0)),
+        uncached_prompt_tokens_total=totals.get("vllm:prompt_tokens_by_source", 0),
+        output_tokens_total=totals.get("vllm:generation_tokens", 0),
+        preemptions_total=totals.get("vllm:num_preemptions", 0),
     )

@@ -30,6 +30,7 @@ class GroupServer(DPServer):
         self, llm_config: LLMConfig, group: str, **kwargs: Any
     ) -> None:
         self._group = group
+        self._started_at_s = time.time()
         self._expert_load: tuple[LayerLoad, ...] = ()
         self._expert_load_at_s = -_EXPERT_LOAD_PERIOD_S
         self._expert_load_task: asyncio.Task[None] | None = None
@@ -77,6 +78,10 @@ class GroupServer(DPServer):
             kv_tokens=capacity.kv_tokens,
             max_running=capacity.max_running,
             expert_tokens=_by_expert(self._expert_load),
+            started_at_s=self._started_at_s,
+            uncached_prompt_tokens_total=load.uncached_prompt_tokens_total,
+            output_tokens_total=load.output_tokens_total,
+            preemptions_total=load.preemptions_total,
         )
 
     async def _experts(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What is simulated: the ways to run groups, their true behaviour, the targets and the mishaps."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from expertmesh.core.domain.hardware import Market
 from expertmesh.core.domain.option import GroupOption
@@ -20,6 +21,13 @@ class StartTime:
     """Of a whole start; it is noticed when the group should have been ready."""
 
 
+class Victims(StrEnum):
+    """Whose nodes a spot zone takes first."""
+
+    RANDOM = "random"
+    OLDEST = "oldest"
+
+
 @dataclass(frozen=True, slots=True)
 class Availability:
     """Of a spot zone over time, as steps: from `at_s[i]` on it has `nodes[i]` nodes."""
@@ -28,6 +36,7 @@ class Availability:
     nodes: tuple[int, ...]
     notice_s: float = 120.0
     """How long before nodes are taken their groups are told."""
+    victims: Victims = Victims.RANDOM
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +71,6 @@ class Scenario:
     initial_groups: tuple[int, ...] = ()
     """By option, ready at the start; empty: none."""
     seed: int = 1
+    output_cv2: float = 1.0
+    """Variance of the requests' output lengths over the square of their mean: 1 where lengths are
+    memoryless. Long answers stay longer, so with more the batch holds more context."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
+    TypeAdapter,
     ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -13,11 +14,17 @@ from pydantic import (
     model_validator,
 )
 
-from expertmesh.core.domain.deployment import ModelDeployment, ScalingRules, Tariff
+from expertmesh.core.domain.deployment import (
+    ModelDeployment,
+    ScalingMode,
+    ScalingRules,
+    Tariff,
+)
 from expertmesh.core.domain.fleet import ExternalRoute, ExternalUse, Parallelism
 from expertmesh.core.domain.model_shape import ModelShape
 from expertmesh.core.domain.slo import Slo
-from expertmesh.spec.auto_parallelism import Chosen
+from expertmesh.core.perf.layout import Layout
+from expertmesh.spec.group_options import IN_FLIGHT, Chosen
 from expertmesh.spec.manifest import ManifestModel
 from expertmesh.spec.platform import Name, PoolManifest
 
@@ -27,7 +34,7 @@ Alias = Annotated[
 Usd = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-_IN_FLIGHT_PER_GROUP = 16.0
+_NO_GROUPS = Parallelism(tensor=1, data=1, expert=1)
 
 
 class ModelSource(ManifestModel):
@@ -67,18 +74,29 @@ class ParallelismManifest(ManifestModel):
             raise ValueError("redundant_experts need expert above 1; remove them")
         return self
 
-    def to_core(self) -> Parallelism:
+    def to_core(self) -> Layout:
         if self.expert == 1:
-            return Parallelism(tensor=self.tensor, data=self.data or 1, expert=1)
-        return Parallelism(tensor=self.tensor, data=self.expert // self.tensor, expert=self.expert)
+            return Layout(tensor=self.tensor, data=self.data or 1)
+        data = self.expert // self.tensor
+        return Layout(self.tensor, data, self.expert, self.redundant_experts)
+
+
+Sizes = Annotated[tuple[ParallelismManifest, ...], Field(min_length=1, max_length=6)]
+_SIZES: TypeAdapter[tuple[ParallelismManifest, ...]] = TypeAdapter(Sizes)
 
 
 def _sizes_or_auto(value: Any, _: ValidatorFunctionWrapHandler) -> Any:
     """A union would name each mistake twice, once for each of its kinds."""
     if value == "auto" or isinstance(value, ParallelismManifest):
         return value
+    if isinstance(value, list | tuple):
+        sizes = _SIZES.validate_python(value)
+        layouts = [(size.expert, size.tensor, size.data) for size in sizes]
+        if len(set(layouts)) < len(layouts):
+            raise ValueError("a size is there twice; write each once")
+        return sizes
     if not isinstance(value, dict):
-        raise ValueError("write auto, or sizes as in {expert: 16, tensor: 1}")
+        raise ValueError("write auto, sizes as in {expert: 16, tensor: 1}, or a list of such sizes")
     return ParallelismManifest.model_validate(value)
 
 
@@ -100,7 +118,18 @@ class SloManifest(ManifestModel):
 
 
 class Budget(ManifestModel):
-    usd_per_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """One of both bounds at least."""
+
+    usd_per_hour: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    """Most that all groups of the model may cost together."""
+    usd_per_day: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    """The same from one midnight (UTC) to the next."""
+
+    @model_validator(mode="after")
+    def _bounds_something(self) -> "Budget":
+        if self.usd_per_hour is None and self.usd_per_day is None:
+            raise ValueError("write usd_per_hour, usd_per_day or both, or remove budget")
+        return self
 
 
 class Scaling(ManifestModel):
@@ -112,8 +141,12 @@ class Scaling(ManifestModel):
     target_in_flight_per_group: Annotated[float | None, Field(gt=0)] = None
     """Requests that one group should carry; by default the users of the plan, or 16 without one."""
     up_delay_s: Seconds = 5.0
-    down_delay_s: Seconds = 60.0
+    down_delay_s: Seconds | None = None
+    """By default as long as starting the group again would take."""
     drain_deadline_s: Seconds = 120.0
+    mode: ScalingMode = ScalingMode.ACT
+    priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
+    """Where models compete for a pool or a budget, the higher one is served first."""
 
 
 class TariffManifest(ManifestModel):
@@ -169,10 +202,11 @@ class DeploymentManifest(ManifestModel):
     kind: Literal["ModelDeployment"]
     name: Name
     model: ModelSource
-    parallelism: Annotated[ParallelismManifest | Literal["auto"], WrapValidator(_sizes_or_auto)] = (
-        "auto"
-    )
-    """`auto`: what the planner finds for the pools; without GPUs, up to two ranks."""
+    parallelism: Annotated[
+        ParallelismManifest | Sizes | Literal["auto"], WrapValidator(_sizes_or_auto)
+    ] = "auto"
+    """`auto`: what the planner finds for each pool; without GPUs, up to two ranks. Of several sizes
+    the controller chooses."""
     pools: tuple[Name, ...] = ()
     """Where groups of the model may run; none for a model that only external providers serve."""
     scaling: Scaling = Scaling()
@@ -213,6 +247,25 @@ class DeploymentManifest(ManifestModel):
             return (folder / source).resolve()
         return Path(source) if source.startswith("/") else None
 
+    @property
+    def sizes(self) -> tuple[ParallelismManifest, ...]:
+        """Those that it gives; none with `auto`."""
+        if isinstance(self.parallelism, ParallelismManifest):
+            return (self.parallelism,)
+        return self.parallelism if isinstance(self.parallelism, tuple) else ()
+
+    def engine_arguments(self, folder: Path) -> dict[str, Any]:
+        engine = dict(self.engine)
+        if self.local_source(folder) is None and self.model.revision != "main":
+            # Weights, tokenizer and code of one commit.
+            for part in ("revision", "tokenizer_revision", "code_revision"):
+                engine.setdefault(part, self.model.revision)
+        return engine
+
+    def slo(self) -> Slo:
+        slo = self.scaling.slo
+        return Slo(ttft_s=slo.ttft_s, tpot_s=slo.tpot_s, attainment=slo.attainment)
+
     def to_core(
         self,
         folder: Path,
@@ -222,45 +275,37 @@ class DeploymentManifest(ManifestModel):
     ) -> ModelDeployment:
         """`chosen` is what `parallelism` comes to."""
         local = self.local_source(folder)
-        scaling = self.scaling
-        engine = chosen.engine | self.engine
-        if local is None and self.model.revision != "main":
-            # Weights, tokenizer and code of one commit.
-            for part in ("revision", "tokenizer_revision", "code_revision"):
-                engine.setdefault(part, self.model.revision)
+        scaling, budget = self.scaling, self.scaling.budget
+        first = chosen.options[0] if chosen.options else None
         return ModelDeployment(
             name=self.name,
             source=str(local) if local else self.model.source or "",
             revision=self.model.revision,
             shape=shape,
             max_model_len=self.model.max_model_len,
-            parallelism=chosen.parallelism,
+            parallelism=first.parallelism if first else _NO_GROUPS,
             pools=self.pools,
             scaling=ScalingRules(
                 min_groups=scaling.groups.min if self.pools else 0,
                 max_groups=scaling.groups.max if self.pools else 0,
-                target_in_flight_per_group=(
-                    scaling.target_in_flight_per_group
-                    or chosen.users_per_group
-                    or _IN_FLIGHT_PER_GROUP
-                ),
+                target_in_flight_per_group=first.rates.in_flight if first else IN_FLIGHT,
                 up_delay_s=scaling.up_delay_s,
                 down_delay_s=scaling.down_delay_s,
                 drain_deadline_s=scaling.drain_deadline_s,
-                usd_per_hour_budget=scaling.budget.usd_per_hour if scaling.budget else None,
+                usd_per_hour_budget=budget.usd_per_hour if budget else None,
+                usd_per_day_budget=budget.usd_per_day if budget else None,
+                mode=scaling.mode,
+                priority=scaling.priority,
             ),
-            slo=Slo(
-                ttft_s=scaling.slo.ttft_s,
-                tpot_s=scaling.slo.tpot_s,
-                attainment=scaling.slo.attainment,
-            ),
+            slo=self.slo(),
             max_wait_s=scaling.max_wait_s,
             tariff=Tariff(
                 usd_per_mtok_in=self.tariff.usd_per_mtok_in,
                 usd_per_mtok_cached=self.tariff.usd_per_mtok_cached,
                 usd_per_mtok_out=self.tariff.usd_per_mtok_out,
             ),
-            engine=engine,
+            engine=first.engine if first else {},
             aliases=self.aliases,
             external=external,
+            options=chosen.options,
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,17 @@ import yaml
 from pydantic import ValidationError
 
 from expertmesh.core.domain.deployment import ModelDeployment
-from expertmesh.core.domain.fleet import ExternalRoute, Parallelism
+from expertmesh.core.domain.fleet import ExternalRoute
 from expertmesh.core.domain.hardware import Pool
 from expertmesh.core.domain.model_shape import ModelShape
-from expertmesh.core.domain.slo import Slo
-from expertmesh.core.planner.candidates import balances
-from expertmesh.core.planner.engine_arguments import eplb_arguments
+from expertmesh.core.planner.candidates import movable_experts
+from expertmesh.core.planner.engine_rules import broken_rules
 from expertmesh.errors import ManifestError
-from expertmesh.spec.auto_parallelism import Chosen, Wanted, choose, kv_format
+from expertmesh.spec.auto_parallelism import choose
 from expertmesh.spec.catalog import models as known_models
 from expertmesh.spec.deployment import DeploymentManifest, ParallelismManifest
+from expertmesh.spec.given_parallelism import given
+from expertmesh.spec.group_options import Chosen, Wanted, engine_of
 from expertmesh.spec.manifest import explain, refuse
 from expertmesh.spec.model_config import read_folder
 from expertmesh.spec.model_shape import read_shape
@@ -40,7 +42,13 @@ class System:
     """Those with nodes; an external pool is only in the routes of the models that may use it."""
     models: tuple[ModelDeployment, ...]
     chosen: Mapping[str, Chosen] = field(default_factory=dict)
-    """By model: what `parallelism: auto` came to."""
+    """By model with groups: what its `parallelism` came to."""
+
+    @property
+    def usd_per_hour_budget(self) -> float | None:
+        """Of all models together."""
+        budget = self.platform.budget
+        return budget.usd_per_hour if budget else None
 
 
 def load_system(files: list[Path]) -> System:
@@ -78,7 +86,7 @@ def load_system(files: list[Path]) -> System:
         try:
             model, choice = _check_deployment(file, deployment, platform.pools)
             models.append(model)
-            if deployment.parallelism == "auto" and deployment.pools:
+            if deployment.pools:
                 chosen[model.name] = choice
         except ManifestError as error:
             problems.append(str(error))
@@ -182,8 +190,8 @@ def _check_deployment(
     if local is not None:
         overrides = deployment.model.shape
         shape = read_folder(local, file=name, field="model.source", overrides=overrides)
-        if isinstance(deployment.parallelism, ParallelismManifest):
-            _check_experts(name, local, deployment.parallelism, shape)
+        for key, size in _named_sizes(deployment):
+            _check_experts(name, key, local, size, shape)
         longest = shape.max_position_embeddings
         if longest and deployment.model.max_model_len > longest:
             raise refuse(
@@ -192,60 +200,98 @@ def _check_deployment(
                 deployment.model.max_model_len,
                 f"is above the model's own limit; write at most {longest}",
             )
+    pools_used = tuple(known[pool] for pool in deployment.pools)
     if not deployment.pools:
-        chosen = Chosen(Parallelism(tensor=1, data=1, expert=1))
-    elif isinstance(deployment.parallelism, ParallelismManifest):
-        parallelism = deployment.parallelism
-        chosen = Chosen(parallelism.to_core(), eplb_arguments(parallelism.redundant_experts))
+        chosen = Chosen(())
+    elif deployment.parallelism == "auto":
+        chosen = _choose(file, deployment, shape, pools_used)
     else:
-        chosen = _choose(name, deployment, shape, tuple(known[pool] for pool in deployment.pools))
-    workers = chosen.parallelism.tensor * chosen.parallelism.data
-    for index, pool_name in enumerate(deployment.pools):
-        pool = known[pool_name]
-        room = pool.workers_per_node * pool.max_nodes
-        if workers > room:
-            raise refuse(
-                name,
-                f"pools.{index}",
-                pool_name,
-                f"holds at most {room} workers, a group needs {workers}; "
-                "raise the pool's nodes.max or lower parallelism.expert",
-            )
+        _check_room(name, deployment, pools_used)
+        layouts = [size.to_core() for size in deployment.sizes]
+        known_shape = shape or _catalog_shape(deployment)
+        chosen = given(_wanted(file, deployment), known_shape, pools_used, layouts)
+    for plan in chosen.plans:
+        layout, engine = plan.serving_group.layout, engine_of(plan, deployment.engine)
+        for argument, value, remedy in broken_rules(
+            engine, plan.checkpoint.shape, layout, plan.pool
+        ):
+            raise refuse(name, f"engine.{argument}", value, f"pool {plan.pool.name}: {remedy}")
     return deployment.to_core(file.parent, shape, chosen, routes), chosen
 
 
-def _choose(
-    file: str, deployment: DeploymentManifest, shape: ModelShape | None, pools: tuple[Pool, ...]
-) -> Chosen:
-    source = deployment.model.source or ""
-    if shape is None:
-        known = known_models().get(source)
-        if known is None:
+def _named_sizes(deployment: DeploymentManifest) -> list[tuple[str, ParallelismManifest]]:
+    """With the field of each."""
+    if isinstance(deployment.parallelism, ParallelismManifest):
+        return [("parallelism", deployment.parallelism)]
+    return [(f"parallelism.{index}", size) for index, size in enumerate(deployment.sizes)]
+
+
+def _check_room(file: str, deployment: DeploymentManifest, pools: tuple[Pool, ...]) -> None:
+    """Each pool has room for one of the sizes, and each size fits in one of the pools."""
+    rooms = [pool.workers_per_node * pool.max_nodes for pool in pools]
+    workers = {key: size.to_core().world_size for key, size in _named_sizes(deployment)}
+    least = min(workers.values())
+    for index, (pool, room) in enumerate(zip(pools, rooms, strict=True)):
+        if least > room:
             raise refuse(
                 file,
-                "parallelism",
-                "auto",
-                f"the catalogue has no {source}, so its shape is not known; use a local folder, "
-                "or ask `expertmesh plan` and write what it says",
+                f"pools.{index}",
+                pool.name,
+                f"holds at most {room} workers, a group needs {least}; "
+                "raise the pool's nodes.max or lower parallelism.expert",
             )
-        overrides = deployment.model.shape
-        shape = read_shape(known.config, overrides) if overrides else known.shape
-    slo = deployment.scaling.slo
-    wanted = Wanted(
-        source=source,
-        shape=shape,
+    for key, needed in workers.items():
+        if needed > max(rooms):
+            raise refuse(
+                file,
+                key,
+                needed,
+                f"workers of a group, and the largest of its pools holds {max(rooms)}; "
+                "raise a pool's nodes.max or remove this size",
+            )
+
+
+def _wanted(file: Path, deployment: DeploymentManifest) -> Wanted:
+    budget = deployment.scaling.budget
+    usd_per_hour = budget.usd_per_hour if budget else None
+    return Wanted(
+        source=deployment.model.source or "",
         max_model_len=deployment.model.max_model_len,
-        slo=Slo(slo.ttft_s, slo.tpot_s, slo.attainment),
-        kv=kv_format(deployment.engine),
+        slo=deployment.slo(),
+        engine=deployment.engine_arguments(file.parent),
+        usd_per_hour=inf if usd_per_hour is None else usd_per_hour,
+        in_flight=deployment.scaling.target_in_flight_per_group,
     )
+
+
+def _catalog_shape(deployment: DeploymentManifest) -> ModelShape | None:
+    known = known_models().get(deployment.model.source or "")
+    if known is None:
+        return None
+    overrides = deployment.model.shape
+    return read_shape(known.config, overrides) if overrides else known.shape
+
+
+def _choose(
+    file: Path, deployment: DeploymentManifest, shape: ModelShape | None, pools: tuple[Pool, ...]
+) -> Chosen:
+    shape = shape or _catalog_shape(deployment)
+    if shape is None:
+        raise refuse(
+            str(file),
+            "parallelism",
+            "auto",
+            f"the catalogue has no {deployment.model.source}, so its shape is not known; use a "
+            "local folder, or ask `expertmesh plan` and write what it says",
+        )
     try:
-        return choose(wanted, pools)
+        return choose(_wanted(file, deployment), shape, pools)
     except ManifestError as error:
-        raise refuse(file, "parallelism", "auto", str(error)) from None
+        raise refuse(str(file), "parallelism", "auto", str(error)) from None
 
 
 def _check_experts(
-    file: str, folder: Path, parallelism: ParallelismManifest, shape: ModelShape
+    file: str, field: str, folder: Path, parallelism: ParallelismManifest, shape: ModelShape
 ) -> None:
     expert = parallelism.expert
     if shape.experts is None:
@@ -259,21 +305,21 @@ def _check_experts(
             )
         return
     count, redundant = shape.experts.count, parallelism.redundant_experts
-    if redundant and (not balances(shape) or (count + redundant) % expert):
+    if redundant and (not movable_experts(shape) or (count + redundant) % expert):
         raise refuse(
             file,
-            "parallelism.redundant_experts",
+            f"{field}.redundant_experts",
             redundant,
             f"{count} + {redundant} experts do not divide over {expert} workers; "
             f"write {redundant + -(count + redundant) % expert}"
-            if balances(shape)
+            if movable_experts(shape)
             else "vLLM cannot copy experts of this model; remove the key",
         )
     if not redundant and count % expert:
         fitting = [n for n in range(1, count + 1) if count % n == 0]
         raise refuse(
             file,
-            "parallelism.expert",
+            f"{field}.expert",
             expert,
             f"does not divide the model's {count} experts; "
             f"write one of {', '.join(map(str, fitting))}",

@@ -37,6 +37,9 @@ class PoolManifest(ManifestModel):
     accelerators_per_node: Annotated[int, Field(ge=0)] = 0
     cpus_per_node: Annotated[int, Field(ge=1)] = 1
     nodes: Nodes = Nodes()
+    zone: Annotated[str | None, Field(min_length=1, max_length=100)] = None
+    """Where its nodes are: spot nodes of one zone are lost together. By default a zone of its
+    own."""
     base_url: Annotated[str | None, Field(validate_default=True)] = None
     """Of an external pool: an OpenAI-compatible API; the gateway appends `/v1/...`."""
     key_variable: Annotated[VariableName | None, Field(validate_default=True)] = None
@@ -55,7 +58,7 @@ class PoolManifest(ManifestModel):
             raise ValueError("missing; write what a node of the pool costs an hour")
         return price
 
-    @field_validator("accelerator", "accelerators_per_node", "cpus_per_node", "nodes")
+    @field_validator("accelerator", "accelerators_per_node", "cpus_per_node", "nodes", "zone")
     @classmethod
     def _nodes_of_ours(cls, value: object, info: ValidationInfo) -> object:
         """Runs only for keys that are written."""
@@ -117,6 +120,7 @@ class PoolManifest(ManifestModel):
             cpus_per_node=self.cpus_per_node,
             min_nodes=self.nodes.min,
             max_nodes=self.nodes.max,
+            zone=self.zone,
         )
 
 
@@ -125,6 +129,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+class PlatformBudget(ManifestModel):
+    usd_per_hour: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    """Most that the groups of all models may cost together."""
 
 
 class PlatformManifest(ManifestModel):
@@ -136,6 +145,7 @@ class PlatformManifest(ManifestModel):
     ray_dashboard_port: Annotated[int, Field(ge=1, le=65535)] = 8265
     prices: tuple[PriceManifest, ...] = ()
     """Of GPUs for planning, in place of the catalogue's for the same GPU and market."""
+    budget: PlatformBudget | None = None
     store_url: str | None = None
     """SQLAlchemy URL; by default SQLite in the state directory."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import insert, select
+from sqlalchemy import exists, func, insert, literal, select
 
 from expertmesh.store.database import Database
 from expertmesh.store.schema import journal_entries
@@ -33,16 +33,58 @@ class Journal:
 
         Raises ValueError for NaN and infinities: they would not replay as they were.
         """
-        # Text rather than a JSON column: the payload comes back digit for digit.
-        text = json.dumps(msgspec.to_builtins(payload), allow_nan=False, ensure_ascii=False)
         statement = (
             insert(journal_entries)
-            .values(at_s=at_s, kind=kind, model=model, payload_json=text)
+            .values(at_s=at_s, kind=kind, model=model, payload_json=_text(payload))
             .returning(journal_entries.c.seq)
         )
         async with self._database.writing() as connection:
             await self._database.lock_journal(connection)
             seq: int = (await connection.execute(statement)).scalar_one()
+        return seq
+
+    async def open_term(self, at_s: float, kind: str, payload: Mapping[str, Any]) -> int:
+        """Begins a new term with an entry of its own: nobody can append in an earlier one after."""
+        newest = select(func.coalesce(func.max(journal_entries.c.term), 0) + 1).scalar_subquery()
+        statement = (
+            insert(journal_entries)
+            .values(at_s=at_s, kind=kind, model=None, payload_json=_text(payload), term=newest)
+            .returning(journal_entries.c.term)
+        )
+        async with self._database.writing() as connection:
+            await self._database.lock_journal(connection)
+            term: int = (await connection.execute(statement)).scalar_one()
+        return term
+
+    async def newest_term(self) -> int:
+        """0 when none was ever opened."""
+        query = select(func.coalesce(func.max(journal_entries.c.term), 0))
+        async with self._database.reading() as connection:
+            term: int = (await connection.execute(query)).scalar_one()
+        return term
+
+    async def append_in_term(
+        self, term: int, at_s: float, kind: str, model: str | None, payload: Mapping[str, Any]
+    ) -> int | None:
+        """As `append`; None when a later term has begun."""
+        columns = journal_entries.c
+        values = {
+            "at_s": at_s,
+            "kind": kind,
+            "model": model,
+            "payload_json": _text(payload),
+            "term": term,
+        }
+        row = select(*(literal(value, columns[name].type) for name, value in values.items()))
+        later = exists().where(columns.term > term)
+        statement = (
+            insert(journal_entries)
+            .from_select(list(values), row.where(~later))
+            .returning(columns.seq)
+        )
+        async with self._database.writing() as connection:
+            await self._database.lock_journal(connection)
+            seq: int | None = (await connection.execute(statement)).scalar_one_or_none()
         return seq
 
     async def read(
@@ -64,3 +106,8 @@ class Journal:
             for row in rows
         )
         return tuple(sorted(entries, key=lambda entry: entry.seq))
+
+
+def _text(payload: Mapping[str, Any]) -> str:
+    """Text rather than a JSON column: the payload comes back digit for digit."""
+    return json.dumps(msgspec.to_builtins(payload), allow_nan=False, ensure_ascii=False)

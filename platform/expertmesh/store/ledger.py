@@ -1,18 +1,27 @@
 """The money: what each request used, and what each group cost while it was held."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Row, func, insert, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import ColumnElement, Row, func, insert, select
 
-from expertmesh.core.metering.capacity import CapacityHold
+from expertmesh.core.metering.capacity import CapacityHold, NodeHold
+from expertmesh.core.metering.providers import ProviderTariff
 from expertmesh.core.metering.rating import exact_usd
 from expertmesh.core.metering.usage import Outcome, UsageRecord
 from expertmesh.store.database import Database
-from expertmesh.store.schema import capacity_holds, usage_records
+from expertmesh.store.hold_rows import extend_group, extend_node, group_of, node_of
+from expertmesh.store.schema import capacity_holds, node_holds, provider_tariffs, usage_records
 from expertmesh.store.usage_rows import inserts
+
+LONGEST_REQUEST_S: Final = 86_400.0
+"""No request is in flight for longer: bounds how far back one is looked for."""
+_OUTCOMES: Final = {outcome.value: outcome for outcome in Outcome}
+_COLUMNS: Final = tuple(
+    usage_records.c["group_name" if name == "group" else name]
+    for name in UsageRecord.__struct_fields__
+)
 
 
 class Ledger:
@@ -40,21 +49,33 @@ class Ledger:
         at_s = usage_records.c.at_s
         return await self._usage(_within(at_s, at_s, since_s, until_s))
 
-    async def usage_in_flight(self, since_s: float, until_s: float) -> tuple[UsageRecord, ...]:
-        """Requests accepted before `until_s` that ended at or after `since_s`."""
+    async def usage_across(self, at_s: float) -> tuple[UsageRecord, ...]:
+        """Requests accepted before that moment that had not ended then."""
         columns = usage_records.c
-        return await self._usage(_within(columns.finished_at_s, columns.at_s, since_s, until_s))
+        return await self._usage(
+            [
+                columns.at_s < at_s,
+                columns.at_s >= at_s - LONGEST_REQUEST_S,
+                columns.finished_at_s > at_s,
+            ]
+        )
 
-    async def hold_capacity(self, holds: Sequence[CapacityHold]) -> None:
-        """Record that groups are held until now (`seen_at_s`), or were until `ended_at_s`.
+    async def hold_capacity(
+        self, holds: Sequence[CapacityHold], nodes: Sequence[NodeHold] = ()
+    ) -> None:
+        """Record that groups and nodes are held until now (`seen_at_s`), or were until
+        `ended_at_s`: all of them or none.
 
         A hold is extended, never shortened, keeps its first price, and stays ended once it ended.
         A hold of the same group that starts while another is open continues that one; one that
-        starts after the open one was last seen closes it there. No second is counted twice.
+        starts after the open one was last seen closes it there. No second is counted twice. A node
+        that is seen again was there in between: its open hold goes on.
         """
         async with self._database.writing() as connection:
             for hold in holds:
-                await self._hold(connection, hold)
+                await extend_group(connection, hold)
+            for node in nodes:
+                await extend_node(connection, node)
 
     async def capacity(
         self, since_s: float | None = None, until_s: float | None = None
@@ -68,17 +89,66 @@ class Ledger:
                 .where(*_within(held_until_s, columns.started_at_s, since_s, until_s))
                 .order_by(columns.started_at_s, columns.group_name)
             )
-            return tuple(_hold(row) for row in rows)
+            return tuple(group_of(row) for row in rows)
+
+    async def nodes(
+        self, since_s: float | None = None, until_s: float | None = None
+    ) -> tuple[NodeHold, ...]:
+        """As `capacity`."""
+        columns = node_holds.c
+        held_until_s = func.coalesce(columns.ended_at_s, columns.seen_at_s)
+        async with self._database.reading() as connection:
+            rows = await connection.execute(
+                select(node_holds)
+                .where(*_within(held_until_s, columns.started_at_s, since_s, until_s))
+                .order_by(columns.started_at_s, columns.pool, columns.node_id)
+            )
+            return tuple(node_of(row) for row in rows)
+
+    async def open_nodes(self) -> tuple[NodeHold, ...]:
+        async with self._database.reading() as connection:
+            rows = await connection.execute(
+                select(node_holds).where(node_holds.c.ended_at_s.is_(None))
+            )
+            return tuple(node_of(row) for row in rows)
+
+    async def set_provider_tariffs(self, tariffs: Sequence[ProviderTariff]) -> None:
+        """Adds those that differ from the newest ones of their model and pool."""
+        async with self._database.writing() as connection:
+            rows = await connection.execute(
+                select(provider_tariffs).order_by(provider_tariffs.c.since_s)
+            )
+            newest = {(row.model, row.pool): _tariff(row) for row in rows}
+            for tariff in sorted(tariffs, key=lambda each: each.since_s):
+                known = newest.get((tariff.model, tariff.pool))
+                if known is not None and known.prices == tariff.prices:
+                    continue
+                if known is not None and known.since_s >= tariff.since_s:
+                    continue
+                newest[tariff.model, tariff.pool] = tariff
+                await connection.execute(insert(provider_tariffs).values(**_tariff_row(tariff)))
+
+    async def provider_tariffs(self) -> tuple[ProviderTariff, ...]:
+        """In the order of time."""
+        columns = provider_tariffs.c
+        async with self._database.reading() as connection:
+            rows = await connection.execute(
+                select(provider_tariffs).order_by(columns.since_s, columns.model, columns.pool)
+            )
+            return tuple(_tariff(row) for row in rows)
 
     async def span_s(self) -> tuple[float, float] | None:
         """First and last moment that the ledger knows of; None when it is empty."""
-        held, used = capacity_holds.c, usage_records.c
+        held, used, nodes = capacity_holds.c, usage_records.c, node_holds.c
         async with self._database.reading() as connection:
             bounds = (
                 await connection.execute(
                     select(
                         select(func.min(held.started_at_s)).scalar_subquery(),
                         select(func.min(used.at_s)).scalar_subquery(),
+                        select(func.min(nodes.started_at_s)).scalar_subquery(),
+                        select(func.max(nodes.seen_at_s)).scalar_subquery(),
+                        select(func.max(nodes.ended_at_s)).scalar_subquery(),
                         select(func.max(held.seen_at_s)).scalar_subquery(),
                         select(func.max(held.ended_at_s)).scalar_subquery(),
                         select(func.max(used.finished_at_s)).scalar_subquery(),
@@ -89,51 +159,13 @@ class Ledger:
         return (min(known), max(known)) if known else None
 
     async def _usage(self, conditions: list[ColumnElement[bool]]) -> tuple[UsageRecord, ...]:
+        statement = (
+            select(*_COLUMNS)
+            .where(*conditions)
+            .order_by(usage_records.c.at_s, usage_records.c.request_id)
+        )
         async with self._database.reading() as connection:
-            rows = await connection.execute(
-                select(usage_records)
-                .where(*conditions)
-                .order_by(usage_records.c.at_s, usage_records.c.request_id)
-            )
-            return tuple(_usage(row) for row in rows)
-
-    async def _hold(self, connection: AsyncConnection, hold: CapacityHold) -> None:
-        columns = capacity_holds.c
-        rows = await connection.execute(
-            select(capacity_holds)
-            .where(
-                columns.group_name == hold.group,
-                (columns.ended_at_s.is_(None)) | (columns.started_at_s == hold.started_at_s),
-            )
-            .with_for_update()
-        )
-        known = {row.started_at_s: _hold(row) for row in rows}
-        same = known.pop(hold.started_at_s, None)
-        for open_hold in known.values():
-            if hold.started_at_s <= open_hold.seen_at_s:
-                same = open_hold
-            else:
-                await _update(connection, open_hold, ended_at_s=open_hold.seen_at_s)
-        if same is None:
-            await connection.execute(insert(capacity_holds).values(**_hold_row(hold)))
-        elif same.ended_at_s is None:
-            await _update(
-                connection,
-                same,
-                seen_at_s=max(same.seen_at_s, hold.seen_at_s),
-                ended_at_s=hold.ended_at_s,
-            )
-
-
-async def _update(connection: AsyncConnection, hold: CapacityHold, **values: float | None) -> None:
-    await connection.execute(
-        update(capacity_holds)
-        .where(
-            capacity_holds.c.group_name == hold.group,
-            capacity_holds.c.started_at_s == hold.started_at_s,
-        )
-        .values(**values)
-    )
+            return tuple(_usage(await connection.execute(statement)))
 
 
 def _within(
@@ -150,41 +182,37 @@ def _within(
     return conditions
 
 
-def _usage(row: Row[Any]) -> UsageRecord:
-    return UsageRecord(
-        request_id=row.request_id,
-        at_s=row.at_s,
-        tenant=row.tenant,
-        key_id=row.key_id,
-        model=row.model,
-        group=row.group_name,
-        pool=row.pool,
-        endpoint=row.endpoint,
-        outcome=Outcome(row.outcome),
-        prompt_tokens=row.prompt_tokens,
-        cached_tokens=row.cached_tokens,
-        completion_tokens=row.completion_tokens,
-        queue_s=row.queue_s,
-        ttft_s=row.ttft_s,
-        duration_s=row.duration_s,
-        tariff_usd=row.tariff_usd,
-    )
+def _usage(rows: Iterable[Any]) -> list[UsageRecord]:
+    """Equal names become one string: there are few, and many rows."""
+    known: dict[str, str] = {}
+    one = known.setdefault
+    records = []
+    for row in rows:
+        request_id, at_s, tenant, key_id, model, group, pool, endpoint, outcome, *rest = row
+        records.append(
+            UsageRecord(
+                request_id,
+                at_s,
+                one(tenant, tenant),
+                one(key_id, key_id),
+                one(model, model),
+                one(group, group),
+                one(pool, pool),
+                one(endpoint, endpoint),
+                _OUTCOMES[outcome],
+                *rest,
+            )
+        )
+    return records
 
 
-def _hold_row(hold: CapacityHold) -> dict[str, Any]:
-    row = asdict(hold)
-    row["group_name"] = row.pop("group")
-    row["usd_per_hour"] = exact_usd(hold.usd_per_hour)
+def _tariff_row(tariff: ProviderTariff) -> dict[str, Any]:
+    row = asdict(tariff)
+    for name in ("usd_per_mtok_in", "usd_per_mtok_cached", "usd_per_mtok_out"):
+        row[name] = exact_usd(row[name])
     return row
 
 
-def _hold(row: Row[Any]) -> CapacityHold:
-    return CapacityHold(
-        group=row.group_name,
-        model=row.model,
-        pool=row.pool,
-        usd_per_hour=float(row.usd_per_hour),
-        started_at_s=row.started_at_s,
-        seen_at_s=row.seen_at_s,
-        ended_at_s=row.ended_at_s,
-    )
+def _tariff(row: Row[Any]) -> ProviderTariff:
+    prices = (row.usd_per_mtok_in, row.usd_per_mtok_cached, row.usd_per_mtok_out)
+    return ProviderTariff(row.model, row.pool, row.since_s, *map(float, prices))

@@ -132,6 +132,12 @@ capacity_holds = Table(
     Column("usd_per_hour", ExactNumeric, nullable=False),
     Column("seen_at_s", Double, nullable=False),
     Column("ended_at_s", Double),
+    Column("ready_at_s", Double),
+    Column("draining_at_s", Double),
+    Column("prefill_tokens_per_s", Double),
+    Column("decode_tokens_per_s", Double),
+    Column("idle_watts", Double),
+    Column("busy_watts", Double),
 )
 # Group names come back after a group is gone; at most one hold of a name is open.
 Index(
@@ -142,6 +148,37 @@ Index(
     postgresql_where=capacity_holds.c.ended_at_s.is_(None),
 )
 
+node_holds = Table(
+    "node_holds",
+    metadata,
+    Column("pool", String, primary_key=True),
+    Column("node_id", String, primary_key=True),
+    Column("started_at_s", Double, primary_key=True),
+    Column("usd_per_hour", ExactNumeric, nullable=False),
+    Column("seen_at_s", Double, nullable=False),
+    Column("ended_at_s", Double),
+    Column("idle_watts", Double),
+)
+Index(
+    "ux_node_holds_open",
+    node_holds.c.pool,
+    node_holds.c.node_id,
+    unique=True,
+    sqlite_where=node_holds.c.ended_at_s.is_(None),
+    postgresql_where=node_holds.c.ended_at_s.is_(None),
+)
+
+provider_tariffs = Table(
+    "provider_tariffs",
+    metadata,
+    Column("model", String, primary_key=True),
+    Column("pool", String, primary_key=True),
+    Column("since_s", Double, primary_key=True),
+    Column("usd_per_mtok_in", ExactNumeric, nullable=False),
+    Column("usd_per_mtok_cached", ExactNumeric, nullable=False),
+    Column("usd_per_mtok_out", ExactNumeric, nullable=False),
+)
+
 journal_entries = Table(
     "journal_entries",
     metadata,
@@ -150,7 +187,24 @@ journal_entries = Table(
     Column("kind", String, nullable=False),
     Column("model", String),
     Column("payload_json", Text, nullable=False),
+    # NULL when whoever wrote it held no lease.
+    Column("term", BigInteger),
     Index("ix_journal_entries_model_seq", "model", "seq"),
+    Index("ix_journal_entries_term", "term"),
     # A number is never given out again, not even after the newest entries were deleted.
     sqlite_autoincrement=True,
+)
+
+leases = Table(
+    "leases",
+    metadata,
+    Column("name", String, primary_key=True),
+    # NULL when nobody holds it.
+    Column("holder", String),
+    Column("url", String, nullable=False),
+    Column("duration_s", Double, nullable=False),
+    Column("transitions", BigInteger, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    # For people: nobody judges a lease by another machine's clock.
+    Column("renewed_at_s", Double, nullable=False),
 )

@@ -175,6 +175,12 @@ CONTROLLER_REPORT_AGE = Metric(
     "Age of a gateway's last report",
     ("gateway",),
 )
+CONTROLLER_LEADS = Metric(
+    "em_controller_leads", "gauge", "1 while this controller leads, 0 while it follows", ()
+)
+CONTROLLER_TERM = Metric(
+    "em_controller_term", "gauge", "Number of the leader's term in the journal; 0 on a follower", ()
+)
 CONTROLLER_LOOP_DURATION = Metric(
     "em_controller_loop_seconds", "histogram", "Duration of one loop", (), LATENCY_BUCKETS_S
 )

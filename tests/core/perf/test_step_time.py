@@ -21,19 +21,14 @@ from expertmesh.core.perf.efficiency import Efficiency
 from expertmesh.core.perf.fabric import LEAST_SCATTER_S, Exchange, Fabric, expected_domains
 from expertmesh.core.perf.layout import Layout
 from expertmesh.core.perf.rates import (
-    DecodeRate,
     Served,
-    apart_tokens_per_s,
     decode_rate,
-    largest_batch,
     mixed_rate,
-    mixed_ttft_s,
-    prefill_groups_for,
     prefill_rate,
     prefill_rate_within,
 )
 from expertmesh.core.perf.step_time import decode_step, prefill_step
-from expertmesh.core.perf.work import coverage, imbalance
+from expertmesh.core.perf.work import coverage
 
 FP8 = Quantisation(Dtype.FP8, Dtype.FP8)
 LATENT = ModelShape(
@@ -284,11 +279,14 @@ def test_coverage_grows_to_one(per_token: int, one: float, other: float) -> None
     assert 0 <= coverage(512, per_token, fewer) <= coverage(512, per_token, more) <= 1
 
 
-def test_imbalance_grows_with_the_group_and_shrinks_with_copies() -> None:
-    assert imbalance(Layout(tensor=8)) == 1
-    small, large = imbalance(Layout(data=8, expert=8)), imbalance(Layout(data=32, expert=32))
-    assert 1 < small < large == pytest.approx(2.56, abs=0.02)
-    assert imbalance(Layout(data=32, expert=32, redundant_experts=32)) < small
+def test_the_busiest_gpu_makes_the_others_wait() -> None:
+    layout = Layout(data=32, expert=32)
+    even, uneven = (
+        decode_step(LATENT, H100, layout, Fabric.of(H100), 256, 2_000, skew=skew, overlap=False)
+        for skew in (1.0, 2.5)
+    )
+    assert uneven.experts_s > even.experts_s and uneven.network_s > even.network_s
+    assert uneven.attention_s == even.attention_s
 
 
 def test_splitting_is_for_large_batches() -> None:
@@ -386,26 +384,6 @@ def served(layout: Layout = LAYOUTS[5], shape: ModelShape = LATENT) -> Served:
     return Served(shape, H100, layout, Fabric.of(H100))
 
 
-@given(st.integers(1, 4_000), st.floats(0.001, 2.0))
-def test_the_largest_batch_is_the_last_that_meets_the_target(at_most: int, tpot_s: float) -> None:
-    group = served()
-
-    def rate(batch: int) -> DecodeRate:
-        return decode_rate(group, batch, 2_000)
-
-    found = largest_batch(tpot_s, rate, at_most)
-    if found is None:
-        assert rate(1).tpot_s > tpot_s
-        return
-    assert found.tpot_s <= tpot_s
-    batch = int(found.batch_per_rank)
-    assert batch == at_most or rate(batch + 1).tpot_s > tpot_s
-
-
-def test_no_batch_fits_into_no_cache() -> None:
-    assert largest_batch(1.0, lambda batch: decode_rate(served(), batch, 2_000), 0) is None
-
-
 def test_rates_are_of_the_whole_group() -> None:
     group = served()
     rate = decode_rate(group, 64, 2_000)
@@ -429,11 +407,16 @@ def test_doing_both_is_slower_than_decoding_alone(batch: int, prompt: int, outpu
     assert longer.tpot_s > both.tpot_s
 
 
-def test_a_group_that_does_both_keeps_a_prompt_waiting() -> None:
-    group = served()
-    ttft_s = mixed_ttft_s(group, 64, 8_192, 1_024, step_tokens=2_048)
-    assert ttft_s > 4 * group.decode(64, 8_704).total_s
-    assert ttft_s > mixed_ttft_s(group, 64, 8_192, 1_024, step_tokens=8_192)
+@given(batches, st.integers(1, 50_000), st.integers(1, 8_000))
+def test_what_it_does_alone_adds_up_to_both(batch: int, prompt: int, output: int) -> None:
+    """A request takes the time of its prompt and that of its tokens, and no other."""
+    both = mixed_rate(served(), batch, prompt, output)
+    assert both.prefill_tokens_per_s is not None
+    seconds = prompt / both.prefill_tokens_per_s + output / both.decode_tokens_per_s
+    assert seconds * both.tokens_per_s / output == pytest.approx(1.0)
+    alone = decode_rate(served(), batch, prompt + output / 2)
+    assert both.decode_tokens_per_s == pytest.approx(alone.tokens_per_s)
+    assert alone.prefill_tokens_per_s is None
 
 
 def test_a_tighter_target_costs_prefill_rate() -> None:
@@ -455,12 +438,3 @@ def test_a_prompt_longer_than_a_step_takes_several() -> None:
     step_s = prefill_rate(group, 4_096, 32_768).step_s
     assert prefill_rate_within(group, 7.9 * step_s, 32_768, at_most=4_096) is None
     assert prefill_rate_within(group, 8.5 * step_s, 32_768, at_most=4_096) is not None
-
-
-def test_groups_apart_go_as_fast_as_the_slower_side() -> None:
-    decode = decode_rate(served(), 128, 2_500)
-    prefill = prefill_rate(served(), 16_384, 2_000)
-    groups = prefill_groups_for(prefill, decode, 2_000, 1_000, decode_groups=4)
-    enough = apart_tokens_per_s(prefill, decode, 2_000, 1_000, groups, 4)
-    assert enough == pytest.approx(4 * decode.tokens_per_s)
-    assert apart_tokens_per_s(prefill, decode, 2_000, 1_000, groups - 1, 4) < enough

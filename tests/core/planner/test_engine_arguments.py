@@ -11,7 +11,7 @@ from helm.generate_schema import Workers
 
 from expertmesh.core.domain.model_shape import Dtype
 from expertmesh.core.perf.layout import Layout
-from expertmesh.core.planner.candidates import SMALL_STEP_TOKENS, Backend
+from expertmesh.core.planner.candidates import SMALL_STEP_TOKENS, Backend, Candidate, Role
 from expertmesh.core.planner.engine_arguments import (
     chart_values,
     engine_settings,
@@ -20,24 +20,27 @@ from expertmesh.core.planner.engine_arguments import (
 )
 from expertmesh.core.planner.plan import GroupPlan, Plan
 from expertmesh.core.planner.question import Checkpoint, GpuPool, Question, Targets
-from expertmesh.core.planner.search import search
+from expertmesh.core.planner.search import plan_given
 from expertmesh.spec.catalog import models
 from expertmesh.spec.catalog_hardware import accelerators
 
 V3 = "deepseek-ai/DeepSeek-V3"
-WIDE = (Layout(1, 32, 32, 32), Backend.DEEPEP_LOW_LATENCY.value, None)
-GATHERED = (Layout(1, 16, 16, 16), Backend.ALL_GATHER.value, SMALL_STEP_TOKENS)
-NARROW = (Layout(8, 1, 8), Backend.NONE.value, None)
+Key = tuple[Layout, Backend, int | None]
+WIDE: Key = (Layout(1, 32, 32, 32), Backend.DEEPEP_LOW_LATENCY, None)
+GATHERED: Key = (Layout(1, 16, 16, 16), Backend.ALL_GATHER, SMALL_STEP_TOKENS)
+NARROW: Key = (Layout(8, 1, 8), Backend.NONE, None)
 
 
 def pool(gpu: str = "H200", per_node: int = 8, nodes: int = 18) -> GpuPool:
     return GpuPool(gpu, accelerators()[gpu], per_node, nodes, 3.0, "on-demand")
 
 
-def group(key: tuple[Layout, str, int | None], where: GpuPool) -> GroupPlan:
+def group(key: Key, where: GpuPool) -> GroupPlan:
     targets = Targets(16384, 2000, 500, 3.0, 0.1)
-    asked = Question((Checkpoint(V3, models()[V3].shape),), targets, only=key)
-    plan = search(asked, where)
+    checkpoint = Checkpoint(V3, models()[V3].shape)
+    layout, backend, tokens = key
+    candidate = Candidate(checkpoint, layout, Role.BOTH, backend, tokens)
+    plan = plan_given(Question((checkpoint,), targets), where, candidate)
     assert isinstance(plan, Plan), str(plan)
     return plan.serving_group
 
@@ -57,7 +60,7 @@ def vllm_fields(relative: str, name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("key", [WIDE, GATHERED, NARROW])
-def test_every_argument_is_vllms(key: tuple[Layout, str, int | None]) -> None:
+def test_every_argument_is_vllms(key: Key) -> None:
     engine = engine_settings(group(key, pool()), pool(), Dtype.BF16).engine
     assert engine.keys() <= vllm_fields("engine/arg_utils.py", "EngineArgs")
     assert engine.get("eplb_config", {}).keys() <= vllm_fields("config/parallel.py", "EPLBConfig")
@@ -125,7 +128,7 @@ def test_resources_are_of_a_node() -> None:
 
 
 @pytest.mark.parametrize("key", [WIDE, NARROW])
-def test_the_chart_takes_the_resources_of_its_workers(key: tuple[Layout, str, int | None]) -> None:
+def test_the_chart_takes_the_resources_of_its_workers(key: Key) -> None:
     settings = engine_settings(group(key, pool()), pool())
     values = chart_values(settings, "h200")
     worker = Workers.model_validate(values["ray"]["workers"]["h200"])

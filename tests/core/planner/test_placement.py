@@ -4,7 +4,7 @@ from random import Random
 
 import pytest
 from benchmarks.expert_placement import published_greedy
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from expertmesh.core.planner.placement import (
@@ -70,6 +70,7 @@ def test_every_expert_has_a_replica_and_every_slot_an_expert(problem: tuple[Load
 
 
 @given(problems())
+@example(([[1.0, 1.0, 1.0, 3.0]], Ranks(5, 11, groups=2)))
 @settings(max_examples=400)
 def test_no_layer_is_worse_balanced_than_with_the_published_greedy_algorithm(
     problem: tuple[Loads, Ranks],

@@ -1,5 +1,6 @@
 """The search keeps vLLM's rules, meets the targets, and says what is nearest when nothing does."""
 
+import math
 import re
 import time
 from dataclasses import replace
@@ -22,9 +23,9 @@ from expertmesh.core.planner.candidates import (
     Constraint,
     Role,
     RuledOut,
-    balances,
     candidates,
     cuts_blocks,
+    movable_experts,
     world_sizes,
 )
 from expertmesh.core.planner.plan import NoPlan, Plan
@@ -36,7 +37,15 @@ from expertmesh.core.planner.question import (
     Serving,
     Targets,
 )
-from expertmesh.core.planner.search import EQUAL_SHARE, search, search_common
+from expertmesh.core.planner.search import (
+    EQUAL_SHARE,
+    MOST_DEARER,
+    QUICKER_SHARE,
+    SIZES,
+    plan_given,
+    search,
+    search_sizes,
+)
 from expertmesh.spec.catalog import models
 from expertmesh.spec.catalog_hardware import accelerators
 
@@ -109,11 +118,12 @@ def test_the_batch_is_the_largest_that_meets_the_target() -> None:
 
 
 def test_a_tight_ttft_limits_users_before_tpot_does() -> None:
-    loose = planned(question(V3, only=(Layout(8, 1, 8), "none", None)), pool())
+    chosen = Candidate(checkpoint(V3), Layout(8, 1, 8), Role.BOTH, Backend.NONE)
+    loose = plan_given(question(V3), pool(), chosen)
+    assert isinstance(loose, Plan)
     first_s = loose.serving_group.ttft_s.expected
-    tight = planned(
-        question(V3, ttft_s=first_s * 0.9, only=(Layout(8, 1, 8), "none", None)), pool()
-    )
+    tight = plan_given(question(V3, ttft_s=first_s * 0.9), pool(), chosen)
+    assert isinstance(tight, Plan)
     assert tight.serving_group.limit == "ttft" and tight.users < loose.users
 
 
@@ -265,7 +275,7 @@ def test_candidates_keep_the_rules(
         if layout.expert_parallel:
             assert (experts.count + layout.redundant_experts) % layout.expert == 0
         if layout.redundant_experts:
-            assert balances(shape)
+            assert movable_experts(shape)
         assert (backend is Backend.NONE) == (layout.data == 1)
         if backend not in (Backend.NONE, Backend.ALL_GATHER):
             assert shape.quantisation.experts in where.accelerator.flops_per_s
@@ -278,10 +288,10 @@ def test_candidates_keep_the_rules(
 
 def test_models_that_cannot_be_balanced_get_no_copies() -> None:
     for source in (GPT_OSS, "moonshotai/Kimi-K2.5"):
-        assert not balances(models()[source].shape)
+        assert not movable_experts(models()[source].shape)
         found = candidates(checkpoint(source), pool(), TARGETS, Role.BOTH, Dtype.BF16)
         assert all(c.layout.redundant_experts == 0 for c in found if isinstance(c, Candidate))
-    assert balances(models()[V3].shape)
+    assert movable_experts(models()[V3].shape)
 
 
 def test_blocks_of_fp8_are_not_cut_through() -> None:
@@ -401,35 +411,99 @@ def test_groups_for_users() -> None:
     assert groups_for(None, 100, 1) == 2
     assert groups_for(100, 100, 0) == 1
     assert groups_for(101, 100, 1) == 3
-    lost = availability(4, 16, 0)
+    lost = availability(4, 16, 0, restart_s=200)
     assert lost.share_lost == 0.25 and "25% of capacity is lost" in str(lost)
-    assert "nobody waits" in str(availability(4, 16, 1))
-    assert availability(8, 16, 0).failures_a_month == 2 * lost.failures_a_month
+    assert "nobody waits" in str(availability(4, 16, 1, restart_s=200))
+    assert "about 200 s" in str(lost)
+    assert availability(8, 16, 0, restart_s=200).failures_a_month == 2 * lost.failures_a_month
 
 
-# --- several pools ---
+# --- sizes for the controller ---
+
+SIZED = (V3, QWEN_FP8, QWEN_SMALL, GPT_OSS, DENSE)
 
 
-def test_one_layout_for_pools_of_different_gpus() -> None:
-    pools = [pool("H200"), pool("B200"), pool("H100", nodes=8)]
-    plans = search_common(question(QWEN_FP8), pools)
-    assert not isinstance(plans, NoPlan)
-    groups = [plan.serving_group for plan in plans]
-    assert len({(g.layout, g.backend, g.batched_tokens) for g in groups}) == 1
-    assert [plan.pool for plan in plans] == pools
-    for plan, where in zip(plans, pools, strict=True):
-        best = planned(question(QWEN_FP8), where)
-        assert plan.usd_per_mtok.expected >= best.usd_per_mtok.expected * (1 - EQUAL_SHARE)
+def sizes(ask: Question, where: GpuPool, usd_per_hour: float = math.inf) -> tuple[Plan, ...]:
+    (found,) = search_sizes(ask, [where], usd_per_hour)
+    assert not isinstance(found, NoPlan), str(found)
+    return found
 
 
-def test_pools_that_have_no_layout_in_common() -> None:
-    big = replace(pool("H100", nodes=4), name="few-large")
-    small = replace(pool("B200", nodes=1, per_node=4), name="one-small")
-    plans = search_common(question(V3), [big, small])
-    assert isinstance(plans, NoPlan)
-    alone = search_common(question(V3), [small])
-    if not isinstance(alone, NoPlan):
-        assert "no layout serves both few-large and one-small" in plans.problem
+@pytest.mark.parametrize("gpu", ["H100", "H200", "B200", "GB200"])
+@pytest.mark.parametrize("source", SIZED)
+def test_each_size_is_of_use_beside_the_others(source: str, gpu: str) -> None:
+    where = pool(gpu, nodes=8)
+    best, *others = sizes(question(source), where)
+    assert best.groups == planned(question(source), where).groups
+    assert len(others) < SIZES
+    met = [best, *others]
+    assert len({plan.gpus for plan in met}) == len(met)
+    for plan in met:
+        group = plan.serving_group
+        assert group.memory.fits and group.tpot_s.expected <= TARGETS.tpot_s
+    for plan in others:
+        dearer = plan.usd_per_mtok.expected / best.usd_per_mtok.expected
+        assert dearer <= MOST_DEARER
+        if plan.gpus > best.gpus:
+            assert dearer <= 1 + EQUAL_SHARE
+            quicker = plan.serving_group.start_s / best.serving_group.start_s
+            assert quicker <= 1 - QUICKER_SHARE
+        assert f"{dearer - 1:+.0%}" in plan.why
+    smaller = sorted((p for p in met if p.gpus <= best.gpus), key=lambda plan: plan.gpus)
+    prices = [plan.usd_per_mtok.expected for plan in smaller]
+    assert prices == sorted(prices, reverse=True)
+
+
+def test_some_models_have_several_sizes() -> None:
+    assert len(sizes(question(QWEN_SMALL), pool())) == SIZES
+    assert len(sizes(question(V3), pool("GB200", nodes=18, per_node=4))) == SIZES
+
+
+def test_no_size_is_dearer_than_may_be_spent() -> None:
+    free = sizes(question(QWEN_SMALL), pool())
+    least = min(plan.usd_per_hour for plan in free)
+    assert all(plan.usd_per_hour <= least for plan in sizes(question(QWEN_SMALL), pool(), least))
+    (none,) = search_sizes(question(QWEN_SMALL), [pool()], usd_per_hour=2.0)
+    assert isinstance(none, NoPlan) and none.constraint is Constraint.PRICE
+    assert "$2.00" in none.problem and "a budget of $3.00" in none.nearest[0]
+
+
+def test_pools_of_one_gpu_are_searched_once_and_differ_in_price() -> None:
+    dear, cheap = replace(pool(), name="od"), replace(pool(price=1.0), name="spot")
+    small = replace(pool(nodes=1), name="small")
+    found = search_sizes(question(V3), [dear, cheap, small])
+    assert isinstance(found[0], tuple) and isinstance(found[1], tuple)
+    assert [plan.groups[0].layout for plan in found[0]] == [p.groups[0].layout for p in found[1]]
+    for one, other in zip(found[0], found[1], strict=True):
+        assert (one.pool, other.pool) == (dear, cheap)
+        assert one.usd_per_hour == pytest.approx(3 * other.usd_per_hour)
+        assert one.serving_group.rates == other.serving_group.rates
+    for alone, together in zip((dear, cheap, small), found, strict=True):
+        assert search_sizes(question(V3), [alone]) == [together]
+
+
+@pytest.mark.parametrize("source", SIZED)
+def test_rates_add_up_to_those_of_the_plan(source: str) -> None:
+    for plan in sizes(question(source), pool()):
+        group = plan.serving_group
+        seconds = group.rates.seconds(TARGETS.input_tokens, TARGETS.output_tokens)
+        assert seconds is not None
+        tokens_per_s = TARGETS.output_tokens / seconds
+        assert tokens_per_s == pytest.approx(group.tokens_per_s.expected, rel=1e-6)
+        assert group.rates.in_flight == group.users
+
+
+def test_what_a_pool_cannot_hold_is_refused_for_each_pool_alone() -> None:
+    none, some = search_sizes(question(V3), [pool("H100", nodes=1), pool()])
+    assert isinstance(none, NoPlan) and "does not fit" in none.problem
+    assert isinstance(some, tuple)
+
+
+def test_one_candidate_alone_is_refused_with_its_reason() -> None:
+    chosen = Candidate(checkpoint(V3), Layout(1, 8, 8), Role.BOTH, Backend.ALL_GATHER)
+    none = plan_given(question(V3), pool("H100"), chosen)
+    assert isinstance(none, NoPlan) and none.constraint is Constraint.MEMORY
+    assert none.considered == 1
 
 
 # --- when nothing fits ---

@@ -9,7 +9,9 @@ from expertmesh.core.scaling.replay import DecisionRecord, read_record, replay
 
 def recorded() -> list[DecisionRecord]:
     world = World(config())
-    world.config = replace(world.config, engine={"max_num_seqs": 8, "nested": {"a": [1, 2.5]}})
+    engine = {"max_num_seqs": 8, "nested": {"a": [1, 2.5]}}
+    options = tuple(replace(option, engine=engine) for option in world.config.options)
+    world.config = replace(world.config, options=options)
     world.steps(30, queued=9)
     world.running[world.serving[0]].mute = True
     world.steps(70)

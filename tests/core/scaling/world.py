@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from expertmesh.core.domain.deployment import ScalingRules
 from expertmesh.core.domain.fleet import GroupSpec, GroupState, Parallelism
 from expertmesh.core.domain.hardware import Market, Pool
+from expertmesh.core.domain.option import GroupOption, GroupRates
 from expertmesh.core.scaling.contract import (
     ApplicationSeen,
     Decision,
@@ -58,13 +59,18 @@ def rules(**changes: object) -> ScalingRules:
 
 
 def config(*pools: Pool, timing: Timing | None = None, **changes: object) -> ScalingConfig:
+    pools = pools or (pool("cheap", 0.3), pool("dear", 0.45))
+    changed = rules(**changes)
+    rates = GroupRates(in_flight=changed.target_in_flight_per_group)
     return ScalingConfig(
         model="tiny",
         source="/models/tiny",
-        parallelism=EP2,
         max_model_len=1024,
-        rules=rules(**changes),
-        pools=pools or (pool("cheap", 0.3), pool("dear", 0.45)),
+        rules=changed,
+        pools=pools,
+        options=tuple(
+            GroupOption(each.name, EP2, each.usd_per_hour(2), rates, start_s=60.0) for each in pools
+        ),
         timing=timing or Timing(),
     )
 

@@ -166,3 +166,12 @@ class RankInfo:
     """Sequences that the engine batches at most; 0 when unknown."""
     expert_tokens: dict[str, int] = field(default_factory=dict)
     """Global expert id to tokens routed to it since the start, over all layers; own share only."""
+    started_at_s: float = 0.0
+    """When this rank's process began to count, by the clock of its node. Another value means
+    another process: totals began at 0 again."""
+    uncached_prompt_tokens_total: int = 0
+    """Prompt tokens that the engine has computed, counted when a prompt is done; what its cache
+    held does not count, nor what is computed again after a preemption."""
+    output_tokens_total: int = 0
+    preemptions_total: int = 0
+    """Requests that lost their place in the KV cache to others."""

@@ -16,6 +16,8 @@ class GroupRates:
     """Uncached prompt tokens, if it did nothing else; None: not known."""
     decode_tokens_per_s: float | None = None
     """Output tokens, if it did nothing else; None: not known."""
+    lone_tpot_s: float | None = None
+    """Time per output token of a request that is alone; None: not known."""
 
     def seconds(self, prompt_tokens: float, output_tokens: float) -> float | None:
         """Of one group's time that such a request takes; None when the rates are not known."""

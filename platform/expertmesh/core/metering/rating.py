@@ -1,7 +1,7 @@
 """Usage times tariff: exact money for the ledger, and whole pico-dollars where time is short."""
 
 from collections.abc import Iterable
-from decimal import ROUND_CEILING, Context, Decimal, Inexact, InvalidOperation
+from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal, Inexact, InvalidOperation
 from functools import lru_cache
 from typing import Protocol
 
@@ -118,3 +118,16 @@ def total_usd(amounts: Iterable[Decimal]) -> Decimal:
     for amount in amounts:
         total = _EXACT.add(total, amount)
     return total
+
+
+def add_usd(one: Decimal, other: Decimal) -> Decimal:
+    return _EXACT.add(one, other)
+
+
+def nano_usd_of(usd: Decimal) -> int:
+    """To the nearest."""
+    return int(_EXACT.scaleb(usd, 9).to_integral_value(rounding=ROUND_HALF_EVEN))
+
+
+def usd_of(nano_usd: int) -> Decimal:
+    return _EXACT.scaleb(Decimal(nano_usd), -9)

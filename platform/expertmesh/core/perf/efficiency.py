@@ -45,12 +45,12 @@ class Efficiency:
 EFFICIENCIES: dict[Era, Efficiency] = {
     Era.HOPPER: Efficiency(
         memory=0.9,
-        experts_memory=0.457,
-        compute=0.645,
-        fixed_s_per_layer=152e-6,
+        experts_memory=0.442,
+        compute=0.65,
+        fixed_s_per_layer=144e-6,
         fixed_s_per_sequence=25.0e-6,
         rate_low=0.83,
-        rate_high=1.24,
+        rate_high=1.26,
         rows=21,
     ),
     Era.BLACKWELL: Efficiency(
@@ -65,7 +65,7 @@ EFFICIENCIES: dict[Era, Efficiency] = {
     ),
 }
 BORROWED_RATE_LOW = 0.82
-BORROWED_RATE_HIGH = 1.32
+BORROWED_RATE_HIGH = 1.33
 """Of rates predicted with another era's numbers: how Hopper and Blackwell do with each other's."""
 
 

@@ -1,7 +1,5 @@
 """What a group delivers: tokens a second and latencies, by batch and by target."""
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from expertmesh.core.domain.accelerator import Accelerator
@@ -9,12 +7,15 @@ from expertmesh.core.domain.model_shape import Dtype, ModelShape
 from expertmesh.core.perf.efficiency import Efficiency
 from expertmesh.core.perf.fabric import Fabric
 from expertmesh.core.perf.layout import Layout
+from expertmesh.core.perf.queueing import busiest
 from expertmesh.core.perf.step_time import StepTime, decode_step, prefill_step
 from expertmesh.core.perf.work import Model
 
-LARGEST_BATCH = 16384
 PREFILL_TOKENS = 16384
 """Of a rank's step at most, unless told otherwise."""
+
+ATTAINMENT = 0.99
+"""Share of requests that keep a target, unless told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +31,31 @@ class Served:
     tokens_per_sequence: int = 1
     accepted_per_step: float = 1.0
     """Tokens that a step yields a sequence; above 1 with drafted tokens."""
-    skew: float | None = None
+    skew: float = 1.0
     """As in `decode_step`, like the next one."""
     reached: Efficiency | None = None
     model: Model = field(init=False, repr=False, compare=False)
+    _steps: dict[tuple[bool, float, float], StepTime] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
+    """Known ones: a search asks for the same step many times."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", Model.of(self.shape, self.layout))
 
     def decode(self, batch_per_rank: float, context: float) -> StepTime:
+        key = (False, batch_per_rank, context)
+        if key not in self._steps:
+            self._steps[key] = self._decode(batch_per_rank, context)
+        return self._steps[key]
+
+    def prefill(self, tokens_per_rank: float, context: float) -> StepTime:
+        key = (True, tokens_per_rank, context)
+        if key not in self._steps:
+            self._steps[key] = self._prefill(tokens_per_rank, context)
+        return self._steps[key]
+
+    def _decode(self, batch_per_rank: float, context: float) -> StepTime:
         return decode_step(
             self.shape,
             self.accelerator,
@@ -54,7 +71,7 @@ class Served:
             model=self.model,
         )
 
-    def prefill(self, tokens_per_rank: float, context: float) -> StepTime:
+    def _prefill(self, tokens_per_rank: float, context: float) -> StepTime:
         return prefill_step(
             self.shape,
             self.accelerator,
@@ -78,6 +95,11 @@ class DecodeRate:
     """Of the group."""
     limit: str
     """As `StepTime.limit`."""
+    decode_tokens_per_s: float
+    """Of the group with this batch, if it only decoded."""
+    prefill_tokens_per_s: float | None = None
+    """Of its prompts, if it only read them: so that both parts add up to the time that a request
+    takes. None for a group that reads none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +108,7 @@ class PrefillRate:
     """Of one step."""
     step_s: float
     ttft_s: float
-    """Mean, with the wait for the step before at this rate."""
+    """With the wait for the steps before at this rate."""
     tokens_per_s: float
     """Of the group."""
     limit: str
@@ -97,7 +119,7 @@ def decode_rate(served: Served, batch_per_rank: float, context: float) -> Decode
     step = served.decode(batch_per_rank, context)
     tpot_s = step.total_s / served.accepted_per_step
     tokens_per_s = batch_per_rank * served.layout.data / tpot_s
-    return DecodeRate(batch_per_rank, tpot_s, tokens_per_s, step.limit)
+    return DecodeRate(batch_per_rank, tpot_s, tokens_per_s, step.limit, tokens_per_s)
 
 
 def mixed_rate(
@@ -125,74 +147,14 @@ def mixed_rate(
     tpot_s = total_s / served.accepted_per_step
     tokens_per_s = batch_per_rank * served.layout.data / tpot_s
     limit = "prefill" if prefill_s > step.total_s else step.limit
-    return DecodeRate(batch_per_rank, tpot_s, tokens_per_s, limit)
-
-
-def mixed_ttft_s(
-    served: Served,
-    batch_per_rank: float,
-    prompt: float,
-    output: float,
-    step_tokens: float = PREFILL_TOKENS,
-) -> float:
-    """Mean time to the first token in such a group, once the prompt's turn has come.
-
-    Half a step passes until then; each chunk shares its step with the others' tokens.
-    """
-    chunk = min(prompt, step_tokens)
-    decode_s = served.decode(batch_per_rank, prompt + output / 2).total_s
-    chunk_step = served.prefill(chunk, prompt)
-    chunk_s = decode_s + chunk_step.total_s - chunk_step.fixed_s
-    return decode_s / 2 + chunk_s * prompt / chunk
-
-
-def apart_tokens_per_s(
-    prefill: PrefillRate,
-    decode: DecodeRate,
-    prompt: float,
-    output: float,
-    prefill_groups: int,
-    decode_groups: int,
-) -> float:
-    """Output tokens a second of groups that share the work: what the slower side allows."""
-    return min(
-        prefill_groups * prefill.tokens_per_s * output / prompt,
-        decode_groups * decode.tokens_per_s,
+    return DecodeRate(
+        batch_per_rank,
+        tpot_s,
+        tokens_per_s,
+        limit,
+        decode_tokens_per_s=tokens_per_s * total_s / step.total_s,
+        prefill_tokens_per_s=prompts * prompt * served.layout.data / prefill_s,
     )
-
-
-def prefill_groups_for(
-    prefill: PrefillRate, decode: DecodeRate, prompt: float, output: float, decode_groups: int
-) -> int:
-    """Prefill groups that keep so many decode groups busy."""
-    prompt_tokens_per_s = decode_groups * decode.tokens_per_s * prompt / output
-    return math.ceil(prompt_tokens_per_s / prefill.tokens_per_s)
-
-
-def largest_batch(
-    tpot_s: float, rate: Callable[[int], DecodeRate], at_most: int = LARGEST_BATCH
-) -> DecodeRate | None:
-    """The largest batch a rank whose time per token is within `tpot_s`; None when even 1 is slower.
-
-    `rate` is one of the above as a function of the batch; `at_most` is what the cache holds.
-    """
-    if at_most < 1:
-        return None
-    best = rate(1)
-    if best.tpot_s > tpot_s:
-        return None
-    slowest = rate(at_most)
-    if slowest.tpot_s <= tpot_s:
-        return slowest
-    low, high = 1, at_most
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = rate(middle)
-        if found.tpot_s <= tpot_s:
-            low, best = middle, found
-        else:
-            high = middle
-    return best
 
 
 def prefill_rate(served: Served, tokens_per_rank: float, prompt: float) -> PrefillRate:
@@ -203,12 +165,16 @@ def prefill_rate(served: Served, tokens_per_rank: float, prompt: float) -> Prefi
 
 
 def prefill_rate_within(
-    served: Served, ttft_s: float, prompt: float, at_most: float = PREFILL_TOKENS
+    served: Served,
+    ttft_s: float,
+    prompt: float,
+    at_most: float = PREFILL_TOKENS,
+    attainment: float = ATTAINMENT,
 ) -> PrefillRate | None:
-    """The highest prefill rate whose mean time to the first token is within `ttft_s`.
+    """The highest prefill rate at which this share of prompts has its first token in `ttft_s`.
 
     A prompt waits for the steps before it like a customer of a queue with constant service times
-    (M/D/1) and then takes one step. None when a lone prompt takes longer than that.
+    and then takes one step. None when a lone prompt takes longer than that.
     """
     best: PrefillRate | None = None
     tokens = max(1.0, min(prompt, at_most))
@@ -217,8 +183,7 @@ def prefill_rate_within(
         full = prefill_rate(served, tokens, prompt)
         service_s = full.step_s * steps_a_prompt
         if service_s < ttft_s:
-            waits = (ttft_s - service_s) / service_s
-            busy = 2 * waits / (1 + 2 * waits)
+            busy = busiest(service_s, ttft_s - service_s, attainment)
             found = PrefillRate(tokens, full.step_s, ttft_s, busy * full.tokens_per_s, full.limit)
             if best is None or found.tokens_per_s > best.tokens_per_s:
                 best = found

@@ -18,7 +18,6 @@ from expertmesh.core.perf.work import (
     attention_work,
     dense_work,
     expert_work,
-    imbalance,
 )
 
 OVERLAP_DECODE_TOKENS = 32
@@ -73,7 +72,7 @@ def decode_step(
     kv: Dtype = Dtype.BF16,
     overlap: bool = True,
     tokens_per_sequence: int = 1,
-    skew: float | None = None,
+    skew: float = 1.0,
     reached: Efficiency | None = None,
     model: Model | None = None,
 ) -> StepTime:
@@ -82,8 +81,8 @@ def decode_step(
     `context` is the mean of cached tokens a sequence. `tokens_per_sequence` is above 1 when drafted
     tokens are checked; how many of them are accepted is the caller's to apply. With `overlap` a
     batch is split in two when that is faster. `skew` is the load of the busiest GPU's experts over
-    the mean, by experience with the layout unless given; `reached` is the era's efficiency unless
-    given; `model` is `Model.of(shape, layout)`, for callers who ask often.
+    the mean; `reached` is the era's efficiency unless given; `model` is `Model.of(shape, layout)`,
+    for callers who ask often.
     """
     if batch_per_rank <= 0 or context < 0 or tokens_per_sequence < 1:
         raise ValueError(f"no decode step of {batch_per_rank} sequences at context {context}")
@@ -103,7 +102,7 @@ def prefill_step(
     *,
     kv: Dtype = Dtype.BF16,
     overlap: bool = True,
-    skew: float | None = None,
+    skew: float = 1.0,
     reached: Efficiency | None = None,
     model: Model | None = None,
 ) -> StepTime:
@@ -123,14 +122,13 @@ def _step(
     tokens: Tokens,
     kv: Dtype,
     overlap_from: int | None,
-    skew: float | None,
+    skew: float,
     reached: Efficiency | None,
 ) -> StepTime:
     reached = reached or efficiency(accelerator.era)
     layout = model.layout
     if not fabric.reaches(layout.world_size):
         raise ValueError(f"{layout.world_size} GPUs of {accelerator.name} cannot reach each other")
-    skew = imbalance(layout) if skew is None else skew
     whole = _pass(model, accelerator, fabric, tokens, kv, skew, reached)
     exchanges = layout.expert_parallel and layout.data > 1 and fabric.exchange is Exchange.DEEP_EP
     if overlap_from is None or not exchanges or tokens.count < overlap_from:

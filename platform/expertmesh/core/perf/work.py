@@ -18,12 +18,6 @@ SPARSE_TOKENS = 2048
 """That sparse attention (DSA) reads of a context; its indexer scores all of them."""
 TILE_ROWS = 64
 """Rows of an expert's smallest matrix product: fewer take as long (Hopper's WGMMA)."""
-SKEW_PER_DOUBLING = 0.31
-"""Busiest GPU over the mean, less 1, per doubling of EP: 1.56 at EP 32 (TensorRT-LLM blog 4)."""
-SKEW_PER_DOUBLING_BALANCED = 0.06
-"""The same with redundant experts: between 0.02 (TensorRT-LLM blog 4: 0.109 at EP 32) and 0.1
-(Ant, 2025-09-26: mean over busiest above 0.7 at EP 16); 0.06 is what SGLang lost to perfect balance
-at EP 32 (lmsys 2025-05-05)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +54,6 @@ def coverage(experts: int, per_token: int, tokens: float) -> float:
     if tokens <= 1:
         return tokens * per_token / experts
     return float(1 - (1 - per_token / experts) ** tokens)
-
-
-def imbalance(layout: Layout) -> float:
-    """Busiest GPU over the mean one, in tokens routed to its experts; 1 without EP."""
-    if not layout.expert_parallel:
-        return 1.0
-    skew = SKEW_PER_DOUBLING_BALANCED if layout.redundant_experts else SKEW_PER_DOUBLING
-    return 1 + skew * (layout.expert - 1).bit_length()
 
 
 @dataclass(frozen=True, slots=True)

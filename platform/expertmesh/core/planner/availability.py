@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 GPU_HOURS_A_FAILURE = 50_000.0
 """419 unexpected stops of 16,384 H100 in 54 days (Llama 3, section 3.3.4)."""
-RESTART_S = 150.0
-"""120 to 180 s for a group of DeepSeek-V3.2 on 32 GPUs (SGLang and Mooncake, 2026-03)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +15,7 @@ class Availability:
     """Of the capacity, until a failed group is back."""
     failures_a_month: float
     """Expected, of all groups together."""
-    restart_s: float = RESTART_S
+    restart_s: float
 
     def __str__(self) -> str:
         lost = "nobody waits" if self.spare_groups else f"{self.share_lost:.0%} of capacity is lost"
@@ -33,11 +31,14 @@ def groups_for(users: int | None, users_per_group: int, spare_groups: int) -> in
     return serving + spare_groups
 
 
-def availability(groups: int, gpus_per_group: int, spare_groups: int) -> Availability:
+def availability(
+    groups: int, gpus_per_group: int, spare_groups: int, restart_s: float
+) -> Availability:
     hours = 30 * 24.0
     return Availability(
         groups=groups,
         spare_groups=spare_groups,
         share_lost=1 / groups,
         failures_a_month=groups * gpus_per_group * hours / GPU_HOURS_A_FAILURE,
+        restart_s=restart_s,
     )

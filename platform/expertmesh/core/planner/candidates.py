@@ -90,11 +90,6 @@ class Candidate:
     batched_tokens: int | None = None
     """Of a rank in one step at most; None for vLLM's default."""
 
-    @property
-    def key(self) -> tuple[Layout, str, int | None]:
-        """What groups of one application must have in common in all pools."""
-        return (self.layout, self.backend.value, self.batched_tokens)
-
     def __str__(self) -> str:
         layout = self.layout
         parts = [f"TP{layout.tensor}"]
@@ -121,10 +116,6 @@ class RuledOut:
     """By how much, to find the nearest: bytes over the group, the least seconds reached, or less
     the users that there is room for."""
 
-    @property
-    def key(self) -> tuple[Layout, str, int | None]:
-        return self.candidate.key
-
 
 def world_sizes(gpus_per_node: int, max_nodes: int, link_domain: int) -> list[int]:
     """Powers of two within a node, then whole nodes: all up to 4, and ever fewer of more."""
@@ -143,21 +134,11 @@ def candidates(
 ) -> Iterator[Candidate | RuledOut]:
     """Smallest groups first."""
     shape = checkpoint.shape
-    fabric = Fabric.of(pool.accelerator)
     for gpus in world_sizes(pool.gpus_per_node, pool.max_nodes, pool.accelerator.link_domain):
         for layout in layouts(shape, gpus, pool.gpus_per_node):
             for backend, tokens in _exchanges(shape, pool, layout, role):
                 candidate = Candidate(checkpoint, layout, role, backend, tokens)
-                if not fabric.reaches(gpus):
-                    yield RuledOut(
-                        candidate,
-                        Constraint.FABRIC,
-                        f"{pool.accelerator.name} has no network between {gpus} GPUs",
-                        f"a group of up to {pool.accelerator.link_domain} GPUs",
-                    )
-                    continue
-                refused = _refused(candidate, pool, targets, kv)
-                yield candidate if refused is None else refused
+                yield checked(candidate, pool, targets, kv)
 
 
 def _exchanges(
@@ -169,8 +150,18 @@ def _exchanges(
             yield backend, SMALL_STEP_TOKENS
 
 
-def _refused(candidate: Candidate, pool: GpuPool, targets: Targets, kv: Dtype) -> RuledOut | None:
+def checked(
+    candidate: Candidate, pool: GpuPool, targets: Targets, kv: Dtype
+) -> Candidate | RuledOut:
+    """The candidate, unless GPUs or vLLM rule it out."""
     shape, layout = candidate.checkpoint.shape, candidate.layout
+    if not Fabric.of(pool.accelerator).reaches(layout.world_size):
+        return RuledOut(
+            candidate,
+            Constraint.FABRIC,
+            f"{pool.accelerator.name} has no network between {layout.world_size} GPUs",
+            f"a group of up to {pool.accelerator.link_domain} GPUs",
+        )
     cut = cuts_blocks(shape, layout)
     if cut is not None:
         return RuledOut(
@@ -181,7 +172,7 @@ def _refused(candidate: Candidate, pool: GpuPool, targets: Targets, kv: Dtype) -
         )
     found = refusal(shape, pool.accelerator, layout, context_tokens=targets.context_tokens, kv=kv)
     if found is None:
-        return None
+        return candidate
     constraint = _CONSTRAINTS.get(found.reason, Constraint.EXPERTS)
     if found.reason is Reason.LAYOUT and "heads" in found.problem:
         constraint = Constraint.HEADS
@@ -235,16 +226,16 @@ def layouts(shape: ModelShape, gpus: int, gpus_per_node: int) -> Iterator[Layout
         if gpus == 1:
             continue
         fill = -experts.count % gpus
-        if fill and not balances(shape):
+        if fill and not movable_experts(shape):
             # Yielded to be refused with its reason.
             yield Layout(tensor, data, gpus)
             continue
         yield Layout(tensor, data, gpus, fill)
-        if balances(shape) and data > 1:
+        if movable_experts(shape) and data > 1:
             yield Layout(tensor, data, gpus, fill + gpus)
 
 
-def balances(shape: ModelShape) -> bool:
+def movable_experts(shape: ModelShape) -> bool:
     """vLLM can copy the experts of this model in this format (EPLB).
 
     INT4 experts run in Marlin kernels, which it cannot rearrange (`supports_eplb`).

@@ -52,22 +52,6 @@ def measured_by_layer(
     return [layers[layer] for layer in sorted(layers)]
 
 
-def measured(shares: Iterable[Mapping[str, int]], experts: int, layers: int) -> list[list[float]]:
-    """From the `expert_tokens` in the answers of all ranks to `GET /em/info`.
-
-    These are sums over layers, so every layer gets the same loads, flatter than its own would be:
-    good for a first look, `measured_by_layer` for a placement. Raises ValueError as that does.
-    """
-    total = [0.0] * experts
-    reported = False
-    for tokens in shares:
-        reported = reported or bool(tokens)
-        _add(total, tokens)
-    if not reported:
-        raise ValueError("no rank has reported tokens of its experts yet")
-    return [[tokens / layers for tokens in total] for _ in range(layers)]
-
-
 def _add(loads: list[float], tokens: Mapping[str, int]) -> None:
     for name, count in tokens.items():
         expert = int(name)

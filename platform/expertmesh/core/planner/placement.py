@@ -129,7 +129,9 @@ def _checked(loads: Loads, ranks: Ranks) -> int:
 
 def _place_layer(loads: Sequence[float], ranks: Ranks, trials: int) -> list[list[int]]:
     slots = (len(loads) + ranks.redundant) // ranks.count
-    if not ranks.hierarchical:
+    # On one node groups bind nothing, but the published algorithm then takes experts group by
+    # group, which can break ties to its favour.
+    if not ranks.hierarchical and (ranks.nodes > 1 or ranks.groups == 1):
         return pack(loads, ranks.count, slots, trials).ranks
     per_node = ranks.count // ranks.nodes
     size = len(loads) // ranks.groups

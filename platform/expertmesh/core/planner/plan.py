@@ -3,13 +3,16 @@
 from dataclasses import dataclass
 
 from expertmesh.core.domain.fleet import Parallelism
+from expertmesh.core.domain.option import GroupRates
 from expertmesh.core.perf.efficiency import Range
 from expertmesh.core.perf.energy import Energy
 from expertmesh.core.perf.layout import Layout
 from expertmesh.core.perf.memory import MemoryPlan
 from expertmesh.core.planner.availability import Availability
+from expertmesh.core.planner.balance import Balance
 from expertmesh.core.planner.candidates import Backend, Constraint, Role, RuledOut
 from expertmesh.core.planner.question import Checkpoint, GpuPool, Objective, Serving, Targets
+from expertmesh.core.planner.redundancy import RedundancyOption
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,13 @@ class GroupPlan:
     overlapped: bool
     """A step is faster in two halves (vLLM's DBO)."""
     usd_per_hour: float
+    rates: GroupRates
+    start_s: float
+    """On nodes that are there already."""
+    balance: Balance | None
+    """Of its experts; None without expert parallelism."""
+    copies: tuple[RedundancyOption, ...]
+    """Numbers of redundant experts that were weighed; none where vLLM cannot copy experts."""
 
     @property
     def gpus(self) -> int:

@@ -5,7 +5,8 @@ from enum import StrEnum
 
 from expertmesh.core.domain.accelerator import Accelerator
 from expertmesh.core.domain.model_shape import Dtype, ModelShape
-from expertmesh.core.perf.layout import Layout
+from expertmesh.core.perf.rates import ATTAINMENT
+from expertmesh.core.planner.balance import ExpertLoad
 
 
 class Objective(StrEnum):
@@ -51,7 +52,7 @@ class GpuPool:
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """Latencies are means, as the model of steps predicts them."""
+    """For requests of the usual length: nothing is known of how lengths vary."""
 
     context_tokens: int
     """Longest that a sequence may get."""
@@ -59,11 +60,16 @@ class Targets:
     """Of a usual request."""
     output_tokens: int
     ttft_s: float
+    """For the share `attainment` of requests, with their wait for others' prompts."""
     tpot_s: float
+    """Mean: over the hundreds of tokens of an answer, steps even out."""
     users: int | None = None
     """Requests at the same time to serve; None to fill one group."""
     spare_groups: int = 0
     """Groups that may fail while all `users` are still served."""
+    attainment: float = ATTAINMENT
+    sequences_per_rank: int | None = None
+    """Most that somebody lets an attention rank run at once; None for vLLM's default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,5 +81,5 @@ class Question:
     """What may win; the other is only compared with."""
     kv: Dtype = Dtype.BF16
     """Of the cache."""
-    only: tuple[Layout, str, int | None] | None = None
-    """The one `Candidate.key` to rate; None for all."""
+    expert_load: ExpertLoad | None = None
+    """Measured; None for the usual power law."""

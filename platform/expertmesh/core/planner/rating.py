@@ -4,8 +4,10 @@ from dataclasses import dataclass, replace
 
 from expertmesh.core.domain.accelerator import Accelerator
 from expertmesh.core.domain.model_shape import Dtype
+from expertmesh.core.domain.option import GroupRates
 from expertmesh.core.perf.fabric import Fabric
 from expertmesh.core.perf.memory import MemoryPlan, engine_limits, memory
+from expertmesh.core.perf.queueing import wait_s
 from expertmesh.core.perf.rates import (
     DecodeRate,
     Served,
@@ -43,6 +45,7 @@ class Rated:
     """What takes most of a step: memory, compute, network, fixed or prefill."""
     overlapped: bool
     """A step is faster in two halves, of which one computes while the other is exchanged."""
+    rates: GroupRates
 
     @property
     def gpus(self) -> int:
@@ -53,7 +56,10 @@ class Rated:
         return self.batch_per_rank * self.candidate.layout.data
 
 
-def rate(candidate: Candidate, pool: GpuPool, targets: Targets, kv: Dtype) -> Rated | RuledOut:
+def rate(
+    candidate: Candidate, pool: GpuPool, targets: Targets, kv: Dtype, skew: float = 1.0
+) -> Rated | RuledOut:
+    """`skew`: load of the busiest GPU's experts over the mean."""
     plan = memory_of(candidate, pool.accelerator, targets.context_tokens, kv)
     gib = 2**30
     if not plan.fits:
@@ -73,6 +79,7 @@ def rate(candidate: Candidate, pool: GpuPool, targets: Targets, kv: Dtype) -> Ra
         Fabric.of(pool.accelerator, candidate.backend.exchange, candidate.backend.low_latency),
         kv=kv,
         overlap=candidate.backend.overlaps,
+        skew=skew,
     )
     if candidate.role is Role.PREFILL:
         return _rate_prefill(candidate, plan, served, targets)
@@ -102,7 +109,9 @@ def _rate_prefill(
     candidate: Candidate, plan: MemoryPlan, served: Served, targets: Targets
 ) -> Rated | RuledOut:
     prompt = float(targets.input_tokens)
-    found = prefill_rate_within(served, targets.ttft_s, prompt, plan.limits.batched_tokens)
+    found = prefill_rate_within(
+        served, targets.ttft_s, prompt, plan.limits.batched_tokens, targets.attainment
+    )
     if found is None:
         chunk = min(prompt, plan.limits.batched_tokens)
         lone_s = prefill_rate(served, chunk, prompt).step_s * max(1.0, prompt / chunk)
@@ -118,6 +127,7 @@ def _rate_prefill(
         limit="ttft",
         time_limit=found.limit,
         overlapped=served.prefill(found.tokens_per_rank, prompt).hidden_s > 0,
+        rates=GroupRates(0.0, prefill_tokens_per_s=found.tokens_per_s),
     )
 
 
@@ -136,10 +146,11 @@ def _rate_decode(
     def first_token_s(found: DecodeRate) -> float:
         if not both:
             return 0.0
-        return _first_token_s(served, found, prompt, output, chunk)
+        return _first_token_s(served, found, prompt, output, chunk, targets.attainment)
 
     length = targets.input_tokens + targets.output_tokens
-    most = min(plan.max_sequences(length), plan.limits.sequences)
+    sequences = min(plan.limits.sequences, targets.sequences_per_rank or plan.limits.sequences)
+    most = min(plan.max_sequences(length), sequences)
     if most < 1:
         return RuledOut(
             candidate,
@@ -155,7 +166,7 @@ def _rate_decode(
         return _misses(candidate, Constraint.TTFT, lone_first_s, targets.ttft_s)
 
     best, best_first_s = lone, lone_first_s
-    limit = "kv cache" if most < plan.limits.sequences else "sequences"
+    limit = "kv cache" if most < sequences else "sequences"
     low, high = 1, most + 1
     guess = most
     while high - low > max(1, low // _STEP):
@@ -180,16 +191,26 @@ def _rate_decode(
         limit=limit,
         time_limit=best.limit,
         overlapped=served.decode(best.batch_per_rank, prompt + output / 2).hidden_s > 0,
+        rates=GroupRates(
+            in_flight=best.batch_per_rank * candidate.layout.data,
+            prefill_tokens_per_s=best.prefill_tokens_per_s,
+            decode_tokens_per_s=best.decode_tokens_per_s,
+        ),
     )
 
 
 def _first_token_s(
-    served: Served, found: DecodeRate, prompt: float, output: float, chunk: float
+    served: Served,
+    found: DecodeRate,
+    prompt: float,
+    output: float,
+    chunk: float,
+    attainment: float,
 ) -> float:
-    """Mean wait of a prompt while others get their tokens.
+    """Within which this share of prompts has its first token, while others get theirs.
 
     Steps with a full chunk of prompts follow one another like a server with constant service
-    times (M/D/1); half a step passes before the first of them.
+    times; part of a step passes before the first of them.
     """
     batch = found.batch_per_rank
     whole = min(chunk, prompt)
@@ -200,9 +221,7 @@ def _first_token_s(
     prompts_per_s = batch / (output * found.tpot_s)
     # Several short prompts share a step.
     busy = prompts_per_s * service_s * min(1.0, prompt / chunk)
-    if busy >= 1:
-        return float("inf")
-    return decode_s / 2 + service_s + busy / (2 * (1 - busy)) * service_s
+    return attainment * decode_s + service_s + wait_s(service_s, busy, attainment)
 
 
 def _misses(

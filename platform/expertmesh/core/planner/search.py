@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
+from itertools import chain
+from math import inf, isfinite, log
 
 from expertmesh.core.perf.efficiency import Efficiency, Range, efficiency
 from expertmesh.core.perf.energy import energy
-from expertmesh.core.perf.layout import Layout
 from expertmesh.core.perf.memory import widened
+from expertmesh.core.perf.start import start_s
+from expertmesh.core.perf.weights import expert_slot_bytes
 from expertmesh.core.planner.availability import availability, groups_for
+from expertmesh.core.planner.balance import Balance, Balances
 from expertmesh.core.planner.candidates import (
     LARGEST_GROUP_GPUS,
     Candidate,
@@ -16,19 +19,29 @@ from expertmesh.core.planner.candidates import (
     Role,
     RuledOut,
     candidates,
+    movable_experts,
 )
 from expertmesh.core.planner.plan import GroupPlan, NoPlan, Plan, RunnerUp
 from expertmesh.core.planner.question import GpuPool, Objective, Question, Serving, Targets
 from expertmesh.core.planner.rating import Rated, memory_of, rate
+from expertmesh.core.planner.redundancy import RedundancyOption, redundancy, redundant_counts
 
 EQUAL_SHARE = 0.03
 """Prices that differ by less are equal: predictions are not that good, and less is lost with a
 smaller group."""
+MOST_EXTRA_SLOTS = 3
+"""Of a GPU, for redundant experts."""
+EQUAL_COPIES = 0.01
+"""Copies that bring less are not worth their memory, which longer contexts can use."""
 RUNNERS_UP = 5
 _SIZES_APART = 8
 """Most groups that decode, and most kinds of groups to combine."""
-_Key = tuple[Layout, str, int | None]
-"""As `Candidate.key`."""
+SIZES = 3
+"""Of groups in one pool: each more doubles what the controller has to weigh."""
+QUICKER_SHARE = 0.2
+"""Less of a gain in time to start is none: such times are not predicted that well."""
+MOST_DEARER = 2.0
+"""A size that costs more than so many times as much for the same work is of no use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +53,7 @@ class _Option:
     tokens_per_s: float
     users: int
     usd_per_hour: float
+    copies: tuple[RedundancyOption, ...] = ()
 
     @property
     def rated(self) -> Rated:
@@ -48,6 +62,10 @@ class _Option:
     @property
     def gpus(self) -> int:
         return sum(rated.gpus * count for rated, count in self.parts)
+
+    @property
+    def groups(self) -> int:
+        return sum(count for _, count in self.parts)
 
     @property
     def largest_group(self) -> int:
@@ -80,58 +98,116 @@ def search(question: Question, pool: GpuPool) -> Plan | NoPlan:
     refused = _nonsense(question, pool)
     if refused is not None:
         return refused
-    found = _survey(question, pool)
+    balances = Balances(question.expert_load)
+    found = _survey(question, pool, balances)
     allowed = [option for option in found.options if option.serving in question.serving]
     if not allowed:
         return _no_plan(question, pool, found)
     winner = _best(allowed, question.objective)
-    return _plan(question, pool, winner, allowed, found)
+    winner = _with_copies(winner, question, pool, balances)
+    return _plan(question, pool, winner, allowed, found, balances)
 
 
-def search_common(question: Question, pools: Sequence[GpuPool]) -> tuple[Plan, ...] | NoPlan:
-    """One plan for each pool, all with the same layout and exchange.
+def search_sizes(
+    question: Question, pools: Sequence[GpuPool], usd_per_hour: float = inf
+) -> list[tuple[Plan, ...] | NoPlan]:
+    """For each pool the sizes of a group that are of use beside one another, the best one first.
 
-    Of those that every pool can serve together, the one that loses least against each pool's best.
+    At most three, all within `usd_per_hour` a group. The others are smaller and dearer for the same
+    work, or larger, no dearer and quicker to start, as each node reads less. Pools that differ in
+    price alone are searched once.
     """
-    shares: dict[_Key, float] = {}
-    for index, pool in enumerate(pools):
+    balances = Balances(question.expert_load)
+    rated: dict[tuple[object, ...], tuple[list[Rated], list[RuledOut]]] = {}
+    answers: list[tuple[Plan, ...] | NoPlan] = []
+    for pool in pools:
         refused = _nonsense(question, pool)
         if refused is not None:
-            return refused
-        found = _survey(question, pool)
-        costs: dict[_Key, float] = {}
-        for option in found.options:
-            if option.serving is Serving.TOGETHER:
-                key = option.rated.candidate.key
-                cost = _order(question.objective)(option)[0]
-                costs[key] = min(cost, costs.get(key, cost))
-        if not costs:
-            return _no_plan(question, pool, found)
-        least = min(costs.values())
-        relative = {key: cost / least for key, cost in costs.items()}
-        if index == 0:
-            shares = relative
-        else:
-            shares = {k: shares[k] + share for k, share in relative.items() if k in shares}
-        if not shares:
-            before = ", ".join(other.name for other in pools[:index])
-            return NoPlan(
-                pool,
-                question.targets,
-                Constraint.ROOM,
-                f"no layout serves both {before} and {pool.name}",
-                ("write a manifest for each of them",),
-            )
-    best = min(shares.values())
-    equal = [key for key, share in shares.items() if share <= best + EQUAL_SHARE]
-    only = min(equal, key=lambda key: (key[0].world_size, shares[key]))
-    together = replace(question, only=only, serving=frozenset({Serving.TOGETHER}))
-    plans: list[Plan] = []
-    for pool in pools:
-        plan = search(together, pool)
-        assert isinstance(plan, Plan), f"{only} was rated for {pool.name}"
-        plans.append(plan)
+            answers.append(refused)
+            continue
+        kind = (pool.accelerator, pool.gpus_per_node, pool.max_nodes)
+        if kind not in rated:
+            rated[kind] = _rated(question, pool, Role.BOTH, balances)
+        answers.append(_sizes(question, pool, usd_per_hour, balances, *rated[kind]))
+    return answers
+
+
+def plan_given(question: Question, pool: GpuPool, candidate: Candidate) -> Plan | NoPlan:
+    """Of one candidate alone, as somebody has chosen it."""
+    refused = _nonsense(question, pool)
+    if refused is not None:
+        return refused
+    balances = Balances(question.expert_load)
+    found = _survey(question, pool, balances, [candidate])
+    if not found.options:
+        return _no_plan(question, pool, found)
+    return _plan(question, pool, found.options[0], found.options, found, balances)
+
+
+def _sizes(
+    question: Question,
+    pool: GpuPool,
+    usd_per_hour: float,
+    balances: Balances,
+    rated: list[Rated],
+    ruled_out: list[RuledOut],
+) -> tuple[Plan, ...] | NoPlan:
+    found = _Survey([], list(ruled_out), len(rated) + len(ruled_out))
+    _add_together(found, rated, pool, question.targets)
+    if not found.options:
+        return _no_plan(question, pool, _survey(question, pool, balances))
+    prices = [option.usd_per_hour / option.groups for option in found.options]
+    allowed = [
+        option for option, price in zip(found.options, prices, strict=True) if price <= usd_per_hour
+    ]
+    if not allowed:
+        return NoPlan(
+            pool,
+            question.targets,
+            Constraint.PRICE,
+            f"a group costs at least ${min(prices):.2f} an hour, and all groups together may cost "
+            f"${usd_per_hour:.2f}",
+            (f"a budget of ${min(prices):.2f} an hour is enough for one",),
+        )
+    best = _best(allowed, question.objective)
+    more_copies = _with_copies(best, question, pool, balances)
+    plans = [_plan(question, pool, more_copies, allowed, found, balances)]
+    for option in _beside(best, allowed, pool):
+        more = option.gpu_s_per_token / best.gpu_s_per_token - 1
+        size = "smaller" if option.largest_group < best.largest_group else "quicker to start"
+        why = f"{size} than the best, {more:+.0%} a token"
+        option = _with_copies(option, question, pool, balances)
+        plan = _plan(question, pool, option, allowed, found, balances)
+        plans.append(replace(plan, why=why))
     return tuple(plans)
+
+
+def _beside(best: _Option, options: list[_Option], pool: GpuPool) -> list[_Option]:
+    """At most two: the smallest group that is worth its price, one between it and the best, or the
+    smallest that starts so much quicker."""
+    cheapest: dict[int, _Option] = {}
+    for option in options:
+        known = cheapest.get(option.largest_group)
+        if known is None or option.gpu_s_per_token < known.gpu_s_per_token:
+            cheapest[option.largest_group] = option
+    smaller: list[_Option] = []
+    quicker: list[_Option] = []
+    for gpus in sorted(cheapest):
+        option = cheapest[gpus]
+        dearer = option.gpu_s_per_token / best.gpu_s_per_token
+        if gpus < best.largest_group:
+            least = min((o.gpu_s_per_token for o in smaller), default=inf)
+            if dearer <= MOST_DEARER and option.gpu_s_per_token < least * (1 - EQUAL_SHARE):
+                smaller.append(option)
+        elif gpus > best.largest_group and dearer <= 1 + EQUAL_SHARE:
+            gained = _start_s(option.rated, pool) / _start_s(best.rated, pool)
+            if gained <= 1 - QUICKER_SHARE:
+                quicker.append(option)
+    if len(smaller) < SIZES:
+        return (smaller + quicker)[: SIZES - 1]
+    middle = (smaller[0].largest_group * best.largest_group) ** 0.5
+    between = min(smaller[1:], key=lambda option: abs(log(option.largest_group / middle)))
+    return [smaller[0], between]
 
 
 @dataclass(slots=True)
@@ -143,32 +219,68 @@ class _Survey:
     considered: int = 0
 
 
-def _survey(question: Question, pool: GpuPool) -> _Survey:
+def _survey(
+    question: Question,
+    pool: GpuPool,
+    balances: Balances,
+    given: Sequence[Candidate] | None = None,
+) -> _Survey:
     targets = question.targets
     survey = _Survey([], [])
+    if given is not None:
+        rated, ruled_out = _outcomes(given, question, pool, balances)
+        survey.considered, survey.ruled_out = len(given), ruled_out
+        _add_together(survey, rated, pool, targets)
+        return survey
     for checkpoint in question.checkpoints:
-        rated: dict[Role, list[Rated]] = {role: [] for role in Role}
+        one = replace(question, checkpoints=(checkpoint,))
+        by_role: dict[Role, list[Rated]] = {}
         for role in Role:
-            for candidate in candidates(checkpoint, pool, targets, role, question.kv):
-                if question.only not in (None, candidate.key):
-                    continue
-                survey.considered += 1
-                if isinstance(candidate, Candidate):
-                    outcome = rate(candidate, pool, targets, question.kv)
-                else:
-                    outcome = candidate
-                if not isinstance(outcome, RuledOut):
-                    rated[role].append(outcome)
-                elif role is Role.BOTH or Serving.APART in question.serving:
-                    survey.ruled_out.append(outcome)
-        for found in rated[Role.BOTH]:
-            option = _together(found, pool, targets)
-            if isinstance(option, RuledOut):
-                survey.ruled_out.append(option)
-            else:
-                survey.options.append(option)
-        survey.options += _apart(rated[Role.PREFILL], rated[Role.DECODE], pool, targets)
+            by_role[role], ruled_out = _rated(one, pool, role, balances)
+            survey.considered += len(by_role[role]) + len(ruled_out)
+            if role is Role.BOTH or Serving.APART in question.serving:
+                survey.ruled_out += ruled_out
+        _add_together(survey, by_role[Role.BOTH], pool, targets)
+        survey.options += _apart(by_role[Role.PREFILL], by_role[Role.DECODE], pool, targets)
     return survey
+
+
+def _rated(
+    question: Question, pool: GpuPool, role: Role, balances: Balances
+) -> tuple[list[Rated], list[RuledOut]]:
+    every = chain.from_iterable(
+        candidates(checkpoint, pool, question.targets, role, question.kv)
+        for checkpoint in question.checkpoints
+    )
+    return _outcomes(every, question, pool, balances)
+
+
+def _outcomes(
+    every: Iterable[Candidate | RuledOut], question: Question, pool: GpuPool, balances: Balances
+) -> tuple[list[Rated], list[RuledOut]]:
+    rated: list[Rated] = []
+    ruled_out: list[RuledOut] = []
+    for candidate in every:
+        outcome: Rated | RuledOut
+        if isinstance(candidate, RuledOut):
+            outcome = candidate
+        else:
+            skew = _skew(candidate, pool, balances)
+            outcome = rate(candidate, pool, question.targets, question.kv, skew)
+        if isinstance(outcome, RuledOut):
+            ruled_out.append(outcome)
+        else:
+            rated.append(outcome)
+    return rated, ruled_out
+
+
+def _add_together(survey: _Survey, rated: Iterable[Rated], pool: GpuPool, targets: Targets) -> None:
+    for found in rated:
+        option = _together(found, pool, targets)
+        if isinstance(option, RuledOut):
+            survey.ruled_out.append(option)
+        else:
+            survey.options.append(option)
 
 
 def _nonsense(question: Question, pool: GpuPool) -> NoPlan | None:
@@ -200,6 +312,12 @@ def _nonsense(question: Question, pool: GpuPool) -> NoPlan | None:
             Constraint.TARGETS,
             f"TTFT {targets.ttft_s:g} s and TPOT {targets.tpot_s:g} s are no targets",
             "write seconds above 0",
+        )
+    if not 0 < targets.attainment <= 1:
+        return refuse(
+            Constraint.TARGETS,
+            f"{targets.attainment:g} is no share of requests",
+            "write a number above 0 and up to 1",
         )
     if targets.spare_groups < 0:
         return refuse(Constraint.TARGETS, "fewer than no spare groups", "write 0 or more")
@@ -311,6 +429,7 @@ def _plan(
     winner: _Option,
     allowed: list[_Option],
     found: _Survey,
+    balances: Balances,
 ) -> Plan:
     reached = efficiency(pool.accelerator.era)
     tokens = reached.rate(winner.tokens_per_s)
@@ -326,14 +445,16 @@ def _plan(
         targets=question.targets,
         objective=question.objective,
         serving=winner.serving,
-        groups=tuple(_group(rated, n, pool, reached) for rated, n in winner.parts),
+        groups=tuple(
+            _group(rated, n, pool, reached, balances, winner.copies) for rated, n in winner.parts
+        ),
         users=winner.users,
         tokens_per_s=tokens,
         usd_per_hour=winner.usd_per_hour,
         usd_per_mtok=_usd_per_mtok(winner.usd_per_hour, tokens),
         energy=energy(pool.accelerator, winner.gpus, winner.tokens_per_s),
         availability=availability(
-            sum(count for _, count in winner.parts), largest.gpus, winner.spare_groups
+            winner.groups, largest.gpus, winner.spare_groups, _start_s(largest, pool)
         ),
         why=_why(winner, allowed, question.objective),
         notes=tuple(note for note in (spread, apart) if note),
@@ -352,7 +473,14 @@ def _usd_per_mtok(usd_per_hour: float, tokens: Range) -> Range:
     )
 
 
-def _group(rated: Rated, count: int, pool: GpuPool, reached: Efficiency) -> GroupPlan:
+def _group(
+    rated: Rated,
+    count: int,
+    pool: GpuPool,
+    reached: Efficiency,
+    balances: Balances,
+    copies: tuple[RedundancyOption, ...],
+) -> GroupPlan:
     layout, memory = rated.candidate.layout, rated.memory
     prefill = rated.candidate.role is Role.PREFILL
     return GroupPlan(
@@ -374,7 +502,66 @@ def _group(rated: Rated, count: int, pool: GpuPool, reached: Efficiency) -> Grou
         time_limit=rated.time_limit,
         overlapped=rated.overlapped,
         usd_per_hour=rated.gpus * pool.usd_per_gpu_hour,
+        rates=rated.rates,
+        start_s=_start_s(rated, pool),
+        balance=_balance(rated.candidate, pool, balances),
+        copies=copies,
     )
+
+
+def _balance(candidate: Candidate, pool: GpuPool, balances: Balances) -> Balance | None:
+    return balances.of(candidate.checkpoint.shape, candidate.layout, pool.gpus_per_node)
+
+
+def _skew(candidate: Candidate, pool: GpuPool, balances: Balances) -> float:
+    found = _balance(candidate, pool, balances)
+    return 1.0 if found is None else found.skew
+
+
+def _with_copies(option: _Option, question: Question, pool: GpuPool, balances: Balances) -> _Option:
+    """With as many redundant experts as pay for their memory: candidates have few of them."""
+    candidate = option.rated.candidate
+    shape, layout = candidate.checkpoint.shape, candidate.layout
+    if option.serving is Serving.APART or not layout.expert_parallel or not movable_experts(shape):
+        return option
+    assert shape.experts is not None
+    tried: dict[int, Rated] = {layout.redundant_experts: option.rated}
+
+    def with_so_many(redundant: int) -> Candidate:
+        return replace(candidate, layout=replace(layout, redundant_experts=redundant))
+
+    def balance(redundant: int) -> float:
+        found = _balance(with_so_many(redundant), pool, balances)
+        return 1.0 if found is None else found.after
+
+    def tokens_per_s(_: float, redundant: int) -> float:
+        if redundant not in tried:
+            other = with_so_many(redundant)
+            skew = _skew(other, pool, balances)
+            rated = rate(other, pool, question.targets, question.kv, skew)
+            if isinstance(rated, RuledOut):
+                return 0.0
+            tried[redundant] = rated
+        return tried[redundant].tokens_per_s
+
+    found = redundancy(
+        redundant_counts(shape.experts.count, layout.expert, MOST_EXTRA_SLOTS),
+        layout.expert,
+        expert_slot_bytes(shape),
+        balance,
+        tokens_per_s,
+        equal_share=EQUAL_COPIES,
+    )
+    option = replace(option, copies=found.options)
+    more = tried[found.best.redundant]
+    if more.tokens_per_s <= option.rated.tokens_per_s * (1 + EQUAL_COPIES):
+        return option
+    better = _together(more, pool, question.targets)
+    return option if isinstance(better, RuledOut) else replace(better, copies=found.options)
+
+
+def _start_s(rated: Rated, pool: GpuPool) -> float:
+    return start_s(rated.memory.weights, rated.candidate.layout, pool.gpus_per_node)
 
 
 def _why(winner: _Option, options: list[_Option], objective: Objective) -> str:

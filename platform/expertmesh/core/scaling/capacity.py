@@ -1,8 +1,7 @@
-"""Room in the pools and what a group costs in each."""
+"""Room in the pools."""
 
 from collections.abc import Iterable
 
-from expertmesh.core.domain.fleet import Parallelism
 from expertmesh.core.domain.hardware import Market, Pool
 from expertmesh.core.scaling.contract import GroupRecord, PoolSeen, workers_of
 
@@ -34,8 +33,3 @@ def room_workers(
         if record.spec.pool == pool.name
     )
     return capacity - used
-
-
-def cheapest_first(pools: tuple[Pool, ...], parallelism: Parallelism) -> list[Pool]:
-    workers = workers_of(parallelism)
-    return sorted(pools, key=lambda pool: (pool.usd_per_hour(workers), pool.name))

@@ -3,9 +3,9 @@
 Plain values that travel as JSON: a journal of them replays to the same decisions.
 """
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from expertmesh.core.domain.deployment import ScalingRules
 from expertmesh.core.domain.fleet import (
@@ -18,7 +18,13 @@ from expertmesh.core.domain.fleet import (
 from expertmesh.core.domain.hardware import Pool
 from expertmesh.core.domain.option import GroupOption
 from expertmesh.core.domain.slo import Slo
-from expertmesh.core.scaling.demand import Demand, GatewaySeen
+from expertmesh.core.scaling.demand import Demand, GatewaySeen, GroupDoing
+from expertmesh.core.scaling.forecast import Forecaster
+from expertmesh.core.scaling.learning import Learned
+from expertmesh.core.scaling.peak import Peak
+from expertmesh.core.scaling.spending import Spending
+from expertmesh.core.scaling.spot import Zone
+from expertmesh.core.scaling.work import Work
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +37,6 @@ class Timing:
     """A gateway silent for longer has ended: worker ids are never used again."""
     probe_failures: int = 3
     """Unanswered probes of one rank in a row that make its group lost."""
-    first_start_s: float = 60.0
-    """Assumed time to ready of a pool in which no start has been measured yet."""
     start_deadline_s: float = 900.0
     """A group that is not ready by then has failed to start."""
     restart_grace_s: float = 60.0
@@ -47,13 +51,11 @@ class ScalingConfig:
 
     model: str
     source: str
-    parallelism: Parallelism
     max_model_len: int
     rules: ScalingRules
     pools: tuple[Pool, ...]
-    engine: dict[str, Any] = field(default_factory=dict)
+    options: tuple[GroupOption, ...]
     timing: Timing = Timing()
-    options: tuple[GroupOption, ...] = ()
     slo: Slo = field(default_factory=Slo)
     max_wait_s: float = 30.0
     external: tuple[ExternalRoute, ...] = ()
@@ -90,19 +92,13 @@ class GroupRecord:
     """Since when it is left out of the set of wanted applications."""
 
 
-class WindowDirection(StrEnum):
-    UP = "up"
-    DOWN = "down"
-
-
 @dataclass(frozen=True, slots=True)
-class Window:
-    """A need that differs from what is wanted, and how long it has done so."""
+class Rise:
+    """A need above what there is and is coming, and how long it has been so."""
 
-    direction: WindowDirection
     since_s: float
-    bound: int
-    """The smallest higher need, or the largest lower one, since then."""
+    load: float
+    """The lowest such need since then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +110,28 @@ class Backoff:
 @dataclass(frozen=True, slots=True)
 class ModelState:
     wanted: int = 0
-    """Groups that the policy holds on to, before budget and room."""
+    """Groups that the policy holds on to, or would if it could have them."""
     next_n: int = 1
     """Number of the next group's name; never used twice."""
     groups: tuple[GroupRecord, ...] = ()
-    window: Window | None = None
+    seen_at_s: float | None = None
+    """Time of the last decision."""
+    idle_since_s: float | None = None
+    """Since when nothing has waited or run."""
+    rise: Rise | None = None
+    peak: Peak = field(default_factory=Peak)
+    """Of the need."""
+    work: Work = field(default_factory=Work)
+    forecast: Forecaster = field(default_factory=Forecaster)
+    learned: dict[str, Learned] = field(default_factory=dict)
+    """By option: what its groups have shown that they can do."""
+    zones: dict[str, Zone] = field(default_factory=dict)
+    """Spot zones that it uses or has used."""
+    spending: Spending = field(default_factory=Spending)
     backoff: dict[str, Backoff] = field(default_factory=dict)
     """By pool: starts failed there lately."""
     start_s: dict[str, float] = field(default_factory=dict)
-    """By pool: moving average of the time from asking for a group to its being ready."""
+    """By option: moving average of the time from asking for a group to its being ready."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,25 +163,6 @@ class RankSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class GroupDoing:
-    """What a group's engines do and have done over the last `span_s`; sums over its ranks."""
-
-    at_s: float
-    """When its ranks said so."""
-    span_s: float
-    running: int
-    waiting: int
-    kv_usage: float
-    """0 to 1."""
-    uncached_prompt_tokens_per_s: float
-    output_tokens_per_s: float
-    ttft_s: float | None = None
-    """Means over the requests that gateways saw in the span, without the wait in the gateway; None
-    when there were none."""
-    tpot_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class GroupSeen:
     name: str
     application: ApplicationSeen | None
@@ -201,6 +191,18 @@ class PoolSeen:
 
 
 @dataclass(frozen=True, slots=True)
+class Grant:
+    """What a model may take where several compete for a pool or for the platform's budget."""
+
+    workers: dict[str, int]
+    """By pool, of all its groups there; a pool that is missing is not contested."""
+    usd_per_hour: float | None = None
+    """None: the platform has no budget, or it is not contested."""
+    why: str = ""
+    """Who has the rest, and why."""
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     groups: tuple[GroupSeen, ...] = ()
     pools: tuple[PoolSeen, ...] = ()
@@ -215,6 +217,8 @@ class Observation:
     """False just after the controller's start: gateways may not have reported yet."""
     names_elsewhere: tuple[str, ...] = ()
     """Names of applications that are not groups of this model."""
+    grant: Grant | None = None
+    """None: nothing is contested."""
 
 
 class ActionKind(StrEnum):
@@ -244,6 +248,64 @@ class Transition:
     why: str
 
 
+class Binding(StrEnum):
+    """What keeps the number of groups from being another one."""
+
+    LOAD = "load"
+    """There are as many groups as the load needs."""
+    MIN_GROUPS = "min_groups"
+    MAX_GROUPS = "max_groups"
+    BUDGET = "budget"
+    """Of the model, by the hour or by the day."""
+    GRANT = "grant"
+    """Other models have the rest of a pool or of the platform's budget."""
+    ROOM = "room"
+    BACKOFF = "backoff"
+    """Starts have failed lately, or the zone has just been lost."""
+    HOLD = "hold"
+    """There are more than the load needs, held for as long as starting them again would take."""
+    DELAY = "delay"
+    """The need has not lasted long enough yet."""
+    UNSEEN = "unseen"
+    """What cannot be seen is no reason to scale down."""
+    MODE = "mode"
+    """It only observes or advises."""
+    EXTERNAL = "external"
+    """A provider serves the load for less."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """In units of what one group of the model's first option can do."""
+
+    now: float = 0.0
+    expected: float = 0.0
+    """When a group that is asked for now is ready."""
+    spare: float = 0.0
+    """Kept in hand above what is expected."""
+    needed: float = 0.0
+    """With the margin and what it takes to work off the queue."""
+    held: float = 0.0
+    """The highest need of the last while."""
+    ready: float = 0.0
+    """What the ready groups can do."""
+    coming: float = 0.0
+    """What those that are on the way will do."""
+    backlog_s: float = 0.0
+    """Time of one group that the queued requests need."""
+    by_tokens: bool = False
+    """Measured in tokens and learned rates; otherwise in requests at once."""
+
+    @property
+    def wait_s(self) -> float:
+        """Predicted for a request that comes now: until the ready groups have worked off what is
+        queued; infinite when they fall behind."""
+        if self.backlog_s <= 0 and self.now <= self.ready:
+            return 0.0
+        spare = self.ready - self.now
+        return self.backlog_s / spare if spare > 0 else math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     model: str
@@ -251,11 +313,17 @@ class Decision:
     actions: tuple[Action, ...]
     transitions: tuple[Transition, ...]
     demand: Demand
+    load: Load
     need: int
-    """Groups that the work asks for, within min and max."""
+    """Groups that the load asks for, within min and max."""
+    target: dict[str, int]
+    """Groups wanted, by option."""
+    binding: Binding
     pending: str | None
     """`pending: …` when fewer groups can be had than are wanted."""
     reason: str
     """One sentence with the numbers that it rests on."""
     wake_at_s: float
     """When time alone would change the decision; observe again by then."""
+    advice: tuple[Action, ...] = ()
+    """What it would do if the model's mode let it."""

@@ -38,6 +38,25 @@ class GatewaySeen:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupDoing:
+    """What a group's engines do and have done over the last `span_s`; sums over its ranks."""
+
+    at_s: float
+    """When its ranks said so."""
+    span_s: float
+    running: int
+    waiting: int
+    kv_usage: float
+    """0 to 1."""
+    uncached_prompt_tokens_per_s: float
+    output_tokens_per_s: float
+    ttft_s: float | None = None
+    """Means over the requests that gateways saw in the span, without the wait in the gateway; None
+    when there were none."""
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Demand:
     queued: int = 0
     running: int = 0
@@ -47,6 +66,9 @@ class Demand:
     """Silent too long to be believed, not long enough to have ended."""
     oldest_report_s: float | None = None
     """Age of the oldest report counted here."""
+    queued_prompt_tokens: int = 0
+    flow: Flow = Flow(span_s=0.0)
+    """Of the live gateways together; all zero where none says."""
 
     @property
     def work(self) -> int:
@@ -65,6 +87,9 @@ def measure(
     counted = [seen for seen in gateways if now_s - seen.heard_at_s <= forget_s]
     ages = [now_s - seen.heard_at_s for seen in counted]
     stale = sum(age > stale_s for age in ages)
+    flows = [
+        seen.flow for seen, age in zip(counted, ages, strict=True) if seen.flow and age <= stale_s
+    ]
     return Demand(
         queued=sum(max(seen.queued, seen.waking) for seen in counted),
         running=sum(seen.in_flight.get(group, 0) for seen in counted for group in groups),
@@ -72,6 +97,19 @@ def measure(
         live_gateways=len(counted) - stale,
         stale_gateways=stale,
         oldest_report_s=max(ages, default=None),
+        queued_prompt_tokens=sum(seen.queued_prompt_tokens for seen in counted),
+        flow=_together(flows),
+    )
+
+
+def _together(flows: list[Flow]) -> Flow:
+    return Flow(
+        span_s=max((flow.span_s for flow in flows), default=0.0),
+        arrivals_per_s=sum(flow.arrivals_per_s for flow in flows),
+        arrived_prompt_tokens_per_s=sum(flow.arrived_prompt_tokens_per_s for flow in flows),
+        finished_per_s=sum(flow.finished_per_s for flow in flows),
+        uncached_prompt_tokens_per_s=sum(flow.uncached_prompt_tokens_per_s for flow in flows),
+        output_tokens_per_s=sum(flow.output_tokens_per_s for flow in flows),
     )
 
 

@@ -1,0 +1,186 @@
+"""The kinds of groups that a model can have now: what each can do, costs and risks."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from expertmesh.core.domain.fleet import GroupSpec
+from expertmesh.core.domain.hardware import Market, Pool
+from expertmesh.core.domain.option import GroupOption, GroupRates
+from expertmesh.core.scaling.contract import ModelState, ScalingConfig
+from expertmesh.core.scaling.learning import usual_ratio
+from expertmesh.core.scaling.mix import Offer
+from expertmesh.core.scaling.work import Work
+
+_HORIZON_STARTS = 3.0
+"""A choice is judged over so many of the longest starts."""
+_HORIZON_S = (600.0, 3600.0)
+_ENOUGH_S = 60.0
+"""Of groups' time at work, before it is believed what they do where nothing is planned."""
+_LEAST_USD = 1e-6
+"""Of a group over the horizon: one that costs nothing is still one too many."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    option: GroupOption
+    rates: GroupRates
+    """As planned."""
+    seconds: float | None
+    """Of one group's time for a mean request, learned where it can be; None: not known."""
+    lone_tpot_s: float | None
+    ratio: float
+    """Of what a request takes to what was planned."""
+    start_s: float
+    pool: Pool | None
+    """None: no manifest has it any more."""
+    is_offered: bool
+    """False: groups of it run, but it is none of the model's options any more."""
+
+    @property
+    def name(self) -> str:
+        return self.option.name
+
+    @property
+    def zone(self) -> str | None:
+        """Of spot nodes, that can be lost together."""
+        if self.pool is None or self.pool.market is not Market.SPOT:
+            return None
+        return self.pool.zone or self.pool.name
+
+
+@dataclass(frozen=True, slots=True)
+class Kinds:
+    all: tuple[Kind, ...]
+    by_tokens: bool
+    """Capacities are compared by tokens, otherwise by requests at once."""
+
+    @property
+    def unit(self) -> Kind | None:
+        """One group of it is the unit of load and capacity."""
+        return self.all[0] if self.all else None
+
+    def named(self, name: str) -> Kind:
+        return next(kind for kind in self.all if kind.name == name)
+
+    def capacity(self, kind: Kind) -> float:
+        """Of one group, in units."""
+        unit = self.all[0]
+        if self.by_tokens and unit.seconds and kind.seconds:
+            return unit.seconds / kind.seconds
+        return kind.rates.in_flight / unit.rates.in_flight
+
+    @property
+    def horizon_s(self) -> float:
+        longest_s = max((kind.start_s for kind in self.all), default=0.0)
+        low_s, high_s = _HORIZON_S
+        return min(high_s, max(low_s, _HORIZON_STARTS * longest_s))
+
+    @property
+    def unit_usd_per_hour(self) -> float:
+        """Of one unit of capacity, in the cheapest kind that cannot be taken away."""
+        plain = [kind for kind in self.all if kind.zone is None] or list(self.all)
+        prices = [kind.option.usd_per_hour / self.capacity(kind) for kind in plain]
+        return min(prices, default=0.0) or 1.0
+
+
+def option_name(spec: GroupSpec) -> str:
+    return GroupOption(spec.pool, spec.parallelism, 0.0, GroupRates(1.0), 0.0).name
+
+
+def kinds_of(
+    config: ScalingConfig, state: ModelState, work: Work, running: Sequence[GroupSpec]
+) -> Kinds:
+    """`running`: groups that may be of kinds that are not offered any more."""
+    pools = {pool.name: pool for pool in config.pools}
+    options = {option.name: option for option in config.options}
+    gone = {option_name(spec): _from_spec(spec, config) for spec in running}
+    everything = options | {name: gone[name] for name in sorted(gone) if name not in options}
+    usual = usual_ratio(state.learned.values())
+    seconds = _seconds(everything, state, work)
+    kinds = tuple(
+        Kind(
+            option=option,
+            rates=option.rates,
+            seconds=seconds[name],
+            ratio=usual * (state.learned[name].own_ratio if name in state.learned else 1.0),
+            lone_tpot_s=option.rates.lone_tpot_s or _lone_tpot_s(state, name),
+            start_s=state.start_s.get(name, option.start_s),
+            pool=pools.get(option.pool),
+            is_offered=name in options,
+        )
+        for name, option in everything.items()
+    )
+    known = bool(kinds) and all(kind.seconds is not None for kind in kinds)
+    return Kinds(kinds, by_tokens=known)
+
+
+def _lone_tpot_s(state: ModelState, name: str) -> float | None:
+    learned = state.learned.get(name)
+    return learned.lone_tpot_s if learned else None
+
+
+def _from_spec(spec: GroupSpec, config: ScalingConfig) -> GroupOption:
+    return GroupOption(
+        pool=spec.pool,
+        parallelism=spec.parallelism,
+        usd_per_hour=spec.usd_per_hour,
+        rates=GroupRates(config.rules.target_in_flight_per_group),
+        start_s=max((option.start_s for option in config.options), default=0.0),
+        engine=spec.engine,
+    )
+
+
+def _seconds(
+    options: Mapping[str, GroupOption], state: ModelState, work: Work
+) -> dict[str, float | None]:
+    """What the plan says, corrected by what the groups do. An option of which nothing is known
+    does as much for each worker as one that is known."""
+    usual = usual_ratio(state.learned.values())
+    seconds: dict[str, float | None] = {}
+    for name, option in options.items():
+        learned = state.learned.get(name)
+        planned = work.seconds(option.rates)
+        if planned is not None:
+            seconds[name] = planned * usual * (learned.own_ratio if learned else 1.0)
+        else:
+            enough = learned is not None and learned.measured_s >= _ENOUGH_S and work.is_known
+            seconds[name] = learned.seconds if enough and learned else None
+    known = [(options[name].workers, each) for name, each in seconds.items() if each is not None]
+    if known:
+        workers, one = known[0]
+        for name, each in seconds.items():
+            if each is None:
+                seconds[name] = one * workers / options[name].workers
+    return seconds
+
+
+def offer(
+    kinds: Kinds,
+    kind: Kind,
+    kept: int,
+    losses_per_hour: float,
+    late_usd_per_hour: float,
+    *,
+    may_start: bool,
+) -> Offer:
+    """`late_usd_per_hour`: what it costs to wait for groups that are missing now."""
+    hours = kinds.horizon_s / 3600.0
+    option = kind.option
+    start_usd = (option.usd_per_hour + late_usd_per_hour) * kind.start_s / 3600.0
+    capacity = kinds.capacity(kind)
+    usd = option.usd_per_hour * hours
+    if kind.zone is not None:
+        # After a loss, as much has to be started elsewhere.
+        usd += losses_per_hour * hours * kinds.unit_usd_per_hour * capacity * kind.start_s / 3600.0
+    return Offer(
+        option=kind.name,
+        pool=option.pool,
+        capacity=capacity,
+        usd=max(usd, _LEAST_USD),
+        start_usd=start_usd,
+        usd_per_hour=option.usd_per_hour,
+        workers=option.workers,
+        kept=kept,
+        limit=None if may_start and kind.is_offered else kept,
+        spot_zone=kind.zone,
+    )

@@ -1,0 +1,299 @@
+"""The cheapest mix of groups that carries a load: a small integer program, solved exactly.
+
+It minimises, over a horizon, what the groups cost, what starting them costs, and what a shortage
+costs, now and after the loss of a spot zone. Depth-first search with a lower bound; a search that
+grows too large keeps the best mix found, which begins as a greedy one.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_MOST_NODES = 2_000
+"""Of the search tree; it seldom has 200."""
+_ALIKE = 0.01
+"""Mixes whose costs differ by less than this share of a group's are alike: then change less."""
+_CLOSE = 0.002
+"""A mix within this share of the lower bound is good enough."""
+_ENOUGH = 1e-9
+"""A shortage below this is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """Groups of one kind that can be had."""
+
+    option: str
+    pool: str
+    capacity: float
+    """Of one group, in the unit of the load."""
+    usd: float
+    """What one group costs over the horizon, risk of loss included."""
+    start_usd: float
+    """What starting one costs beside that."""
+    usd_per_hour: float
+    """Its plain price, as a budget counts it."""
+    workers: int
+    kept: int = 0
+    """Groups that are there, or on the way: they need no start."""
+    limit: int | None = None
+    """Groups at most; None: as many as the pool has room for."""
+    spot_zone: str | None = None
+    """None: it cannot be lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    min_groups: int
+    max_groups: int
+    workers: dict[str, int]
+    """By pool, that all groups of this model may take there; a pool that is missing has none."""
+    usd_per_hour: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    load: float
+    """To be carried."""
+    cover: float = 0.0
+    """To be carried still when all spot groups of any one zone are lost."""
+    short_usd: float = math.inf
+    """What a shortage of 1 costs over the horizon."""
+    uncovered_usd: float = 0.0
+    """What a shortage of 1 after the loss of a zone costs, times its likelihood."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    counts: tuple[int, ...]
+    """By offer."""
+    capacity: float
+    short: float
+    """Load that is not carried."""
+    uncovered: float
+    """Load that would not be carried after the worst loss of a zone."""
+    usd: float
+    """The objective."""
+    usd_per_hour: float
+    """Plain price."""
+
+    @property
+    def groups(self) -> int:
+        return sum(self.counts)
+
+
+def cheapest(offers: Sequence[Offer], need: Need, bounds: Bounds) -> Mix:
+    """Always an answer: when nothing can be had, the empty mix with all of the load short.
+
+    Below `min_groups` only when there is no room or money for so many.
+    """
+    search = _Search(offers, need, bounds)
+    search.greedy()
+    search.descend(0, need.load, 0.0, 0, 0.0)
+    return search.best_mix()
+
+
+def priced(offers: Sequence[Offer], need: Need, counts: Sequence[int]) -> Mix:
+    """A given mix, whether or not it keeps within bounds."""
+    capacity = sum(n * offer.capacity for n, offer in zip(counts, offers, strict=True))
+    cost = sum(
+        n * offer.usd + max(0, n - offer.kept) * offer.start_usd
+        for n, offer in zip(counts, offers, strict=True)
+    )
+    short = max(0.0, need.load - capacity)
+    uncovered = max(0.0, need.cover - capacity + _worst_zone(offers, counts))
+    if short > _ENOUGH:
+        cost += short * need.short_usd
+    if uncovered > _ENOUGH:
+        cost += uncovered * need.uncovered_usd
+    hourly = sum(n * offer.usd_per_hour for n, offer in zip(counts, offers, strict=True))
+    return Mix(tuple(counts), capacity, short, uncovered, cost, hourly)
+
+
+def fits(offers: Sequence[Offer], bounds: Bounds, counts: Sequence[int]) -> bool:
+    """Whether a given mix keeps within bounds."""
+    workers: dict[str, int] = {}
+    for n, offer in zip(counts, offers, strict=True):
+        workers[offer.pool] = workers.get(offer.pool, 0) + n * offer.workers
+        if offer.limit is not None and n > offer.limit:
+            return False
+    hourly = sum(n * offer.usd_per_hour for n, offer in zip(counts, offers, strict=True))
+    return (
+        bounds.min_groups <= sum(counts) <= bounds.max_groups
+        and all(used <= bounds.workers.get(pool, 0) for pool, used in workers.items())
+        and (bounds.usd_per_hour is None or hourly <= bounds.usd_per_hour + 1e-6)
+    )
+
+
+def _worst_zone(offers: Sequence[Offer], counts: Sequence[int]) -> float:
+    by_zone: dict[str, float] = {}
+    for n, offer in zip(counts, offers, strict=True):
+        if n and offer.spot_zone is not None:
+            zone = offer.spot_zone
+            by_zone[zone] = by_zone.get(zone, 0.0) + n * offer.capacity
+    return max(by_zone.values(), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of the load that groups of one offer can carry, if groups could be divided."""
+
+    usd: float
+    """Per unit of load."""
+    place: int
+    """Of the offer in the order of the search."""
+    capacity: float
+    """Of all its groups together."""
+
+
+class _Search:
+    def __init__(self, offers: Sequence[Offer], need: Need, bounds: Bounds) -> None:
+        self.need = need
+        self.bounds = bounds
+        self.asked = offers
+        # Cheapest work first, so that the first descents are good ones.
+        self.order = sorted(range(len(offers)), key=lambda i: (_unit_usd(offers[i]), i))
+        self.offers = [offers[i] for i in self.order]
+        self.left = dict(bounds.workers)
+        self.counts = [0] * len(offers)
+        self.best_counts: list[int] | None = None
+        self.best_usd = math.inf
+        self.best_missing = math.inf
+        """Groups that the best mix has too few for `min_groups`."""
+        self.nodes = 0
+        self.pieces = self._pieces()
+        lossy = any(offer.spot_zone is not None for offer in offers)
+        self.covers = need.uncovered_usd > 0 and (lossy or need.cover > need.load)
+
+    def _pieces(self) -> list[_Piece]:
+        pieces = []
+        for place, offer in enumerate(self.offers):
+            most = self.most(place, 0, 0.0)
+            kept = min(offer.kept, most)
+            unit_usd = offer.usd / offer.capacity
+            if kept:
+                pieces.append(_Piece(unit_usd, place, kept * offer.capacity))
+            if most > kept:
+                start_usd = offer.start_usd / offer.capacity
+                more = (most - kept) * offer.capacity
+                pieces.append(_Piece(unit_usd + start_usd, place, more))
+        return sorted(pieces, key=lambda piece: (piece.usd, piece.place))
+
+    def most(self, place: int, groups: int, hourly: float) -> int:
+        """Groups of this offer that limits, room and money allow."""
+        offer = self.offers[place]
+        most = self.bounds.max_groups - groups
+        most = min(most, self.left.get(offer.pool, 0) // offer.workers)
+        if offer.limit is not None:
+            most = min(most, offer.limit)
+        if self.bounds.usd_per_hour is not None and offer.usd_per_hour > 0:
+            money = self.bounds.usd_per_hour - hourly + 1e-6
+            most = min(most, math.floor(money / offer.usd_per_hour))
+        return max(0, most)
+
+    def least_usd(self, place: int, load: float) -> float:
+        """A lower bound on what it costs to carry this load with the offers from `place` on."""
+        usd = 0.0
+        short_usd = self.need.short_usd
+        for piece in self.pieces:
+            if load <= _ENOUGH or piece.usd >= short_usd:
+                break
+            if piece.place >= place:
+                part = min(load, piece.capacity)
+                usd += part * piece.usd
+                load -= part
+        return usd + load * short_usd if load > _ENOUGH else usd
+
+    def least_uncovered_usd(self, place: int, load: float) -> float:
+        """A lower bound on the price of a zone's loss: it is borne, or covered by more groups,
+        which cost at least as much as the cheapest piece that is left."""
+        if not self.covers:
+            return 0.0
+        capacity = max(self.need.load, self.need.load - load)
+        bare = self.need.cover - capacity + _worst_zone(self.offers, self.counts)
+        if bare <= _ENOUGH:
+            return 0.0
+        more_usd = next((p.usd for p in self.pieces if p.place >= place), math.inf)
+        return bare * min(more_usd, self.need.uncovered_usd)
+
+    def greedy(self) -> None:
+        """The cheapest pieces in whole groups; then, for the last group, each offer in turn."""
+        for last in range(len(self.offers)):
+            self.left = dict(self.bounds.workers)
+            self.counts = [0] * len(self.offers)
+            load, groups, hourly = self.need.load, 0, 0.0
+            for piece in (*self.pieces, _Piece(0.0, last, math.inf)):
+                offer = self.offers[piece.place]
+                closing = math.isinf(piece.capacity)
+                taken = 0.0
+                while (
+                    taken < piece.capacity
+                    and (load > _ENOUGH if closing else load >= offer.capacity)
+                    and self.most(piece.place, groups, hourly) > 0
+                    and (offer.limit is None or self.counts[piece.place] < offer.limit)
+                ):
+                    self.counts[piece.place] += 1
+                    self.left[offer.pool] -= offer.workers
+                    groups, hourly = groups + 1, hourly + offer.usd_per_hour
+                    load -= offer.capacity
+                    taken += offer.capacity
+            self.take_if_better(groups)
+        self.left = dict(self.bounds.workers)
+        self.counts = [0] * len(self.offers)
+
+    def descend(self, place: int, load: float, usd: float, groups: int, hourly: float) -> None:
+        """`load` is what is still to be carried, `usd` what the groups so far cost."""
+        self.nodes += 1
+        if self.nodes > _MOST_NODES:
+            return
+        lacks_groups = groups < self.bounds.min_groups
+        if self.best_missing == 0:
+            bound = usd + self.least_usd(place, load) + self.least_uncovered_usd(place, load)
+            if bound >= self.best_usd * (1 - _CLOSE):
+                return
+        covered = not self.covers
+        if place == len(self.offers) or (load <= _ENOUGH and not lacks_groups and covered):
+            self.take_if_better(groups)
+            return
+        offer = self.offers[place]
+        fill = load / offer.capacity
+        high = max(math.ceil(fill - _ENOUGH), self.bounds.min_groups - groups, 0)
+        if not covered:
+            high = max(high, math.ceil(self.need.cover / offer.capacity - _ENOUGH))
+        high = min(self.most(place, groups, hourly), high)
+        for n in sorted(range(high + 1), key=lambda n: (abs(n - fill), n)):
+            self.counts[place] = n
+            self.left[offer.pool] = self.left.get(offer.pool, 0) - n * offer.workers
+            self.descend(
+                place + 1,
+                load - n * offer.capacity,
+                usd + n * offer.usd + max(0, n - offer.kept) * offer.start_usd,
+                groups + n,
+                hourly + n * offer.usd_per_hour,
+            )
+            self.left[offer.pool] += n * offer.workers
+            self.counts[place] = 0
+
+    def take_if_better(self, groups: int) -> None:
+        mix = priced(self.offers, self.need, self.counts)
+        missing = max(0, self.bounds.min_groups - groups)
+        usd = mix.usd + self._churn_usd()
+        if (missing, usd) < (self.best_missing, self.best_usd):
+            self.best_counts = list(self.counts)
+            self.best_missing, self.best_usd = missing, usd
+
+    def _churn_usd(self) -> float:
+        return sum(
+            _ALIKE * abs(n - offer.kept) * offer.usd
+            for n, offer in zip(self.counts, self.offers, strict=True)
+        )
+
+    def best_mix(self) -> Mix:
+        counts = [0] * len(self.offers)
+        for place, n in zip(self.order, self.best_counts or counts, strict=True):
+            counts[place] = n
+        return priced(self.asked, self.need, counts)
+
+
+def _unit_usd(offer: Offer) -> float:
+    return offer.usd / offer.capacity
