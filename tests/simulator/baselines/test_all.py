@@ -60,7 +60,7 @@ def decisions(text: str, seen: Sequence[View], every_s: float) -> list[tuple[Mov
 
 
 @pytest.mark.parametrize("text", TEXTS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(seen=looks, every_s=st.sampled_from([10.0, 60.0, 400.0]))
 def test_moves_are_possible_and_the_same_each_time(
     text: str, seen: list[View], every_s: float

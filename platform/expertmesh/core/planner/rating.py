@@ -195,6 +195,7 @@ def _rate_decode(
             in_flight=best.batch_per_rank * candidate.layout.data,
             prefill_tokens_per_s=best.prefill_tokens_per_s,
             decode_tokens_per_s=best.decode_tokens_per_s,
+            lone_tpot_s=lone.tpot_s,
         ),
     )
 

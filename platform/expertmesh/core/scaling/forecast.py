@@ -17,9 +17,11 @@ _MOST_BINS = 120
 _DAMPING = 0.5
 """Share of the trend over the horizon that is believed."""
 _WEIGHT_RATE = 0.1
-_MARGIN_RATE = 0.04
-FIRST_MARGIN = 0.25
-_MARGINS = (0.0, 1.5)
+_MARGIN_RATE = 0.02
+FIRST_MARGIN = 0.5
+_MARGINS = (0.3, 0.6)
+"""Below it a step of the load that nothing announces is felt too long, above it the days that were
+simulated cost more and attain no more."""
 _SMALL_LOAD = 0.05
 """Of a group: errors below it say nothing."""
 
@@ -46,13 +48,16 @@ class Forecaster:
     """Load times seconds in the bin that is filling."""
     weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
     margin: float = FIRST_MARGIN
-    """By which the load exceeds the guess at the wanted quantile, over the root of the guess."""
+    """By which the load exceeds the guess at the wanted quantile, in groups, over the root of the
+    groups that the guess would need."""
     calm_from: int = 0
     """Bin from which another error counts."""
     due: tuple[_Due, ...] = ()
 
-    def seen(self, load: float, over_s: float, horizon_s: float, quantile: float) -> "Forecaster":
-        """With a load that has lasted for `over_s`; long silences count as this load."""
+    def seen(
+        self, load: float, over_s: float, horizon_s: float, quantile: float, group: float
+    ) -> "Forecaster":
+        """With a load that has lasted for `over_s`. `group` is what a group can do on average."""
         after = self
         left_s = min(over_s, _MOST_BINS * BIN_S)
         while left_s > 0:
@@ -62,10 +67,10 @@ class Forecaster:
             )
             left_s -= part_s
             if after.filled_s >= BIN_S - 1e-9:
-                after = after._close(horizon_s, quantile)
+                after = after._close(horizon_s, quantile, group)
         return after
 
-    def _close(self, horizon_s: float, quantile: float) -> "Forecaster":
+    def _close(self, horizon_s: float, quantile: float, group: float) -> "Forecaster":
         mean = self.filled / self.filled_s
         after = replace(
             self,
@@ -77,13 +82,15 @@ class Forecaster:
         ahead = max(1, min(_MOST_BINS, round(horizon_s / BIN_S)))
         for past in self.due:
             if past.bin_number == self.bin_number:
-                after = after._learn(past, mean, ahead, quantile)
+                after = after._learn(past, mean, ahead, quantile, group)
         guesses = after._guesses(ahead)
         guess = _weighed(guesses, after.weights)
         due = tuple(d for d in self.due if d.bin_number > self.bin_number)
         return replace(after, due=(*due, _Due(self.bin_number + ahead, guesses, guess)))
 
-    def _learn(self, due: _Due, actual: float, ahead: int, quantile: float) -> "Forecaster":
+    def _learn(
+        self, due: _Due, actual: float, ahead: int, quantile: float, group: float
+    ) -> "Forecaster":
         scale = max(actual, due.guess, _SMALL_LOAD)
         losses = [_pinball(actual - guess, 0.5) / scale for guess in due.guesses]
         raw = [
@@ -95,7 +102,7 @@ class Forecaster:
         weights = [0.05 + 0.85 * value / total for value in raw]
         margin, calm_from = self.margin, self.calm_from
         if max(actual, due.guess) > _SMALL_LOAD:
-            over = (actual - due.guess) / math.sqrt(max(due.guess, _SMALL_LOAD))
+            over = (actual - due.guess) / math.sqrt(max(due.guess, _SMALL_LOAD) * group)
             if over <= margin:
                 margin -= _MARGIN_RATE * (1.0 - quantile)
             elif self.bin_number >= calm_from:
@@ -118,10 +125,10 @@ class Forecaster:
         trend = max(0.0, fast + _DAMPING * rise * min(ahead, 2 * _TREND_BINS))
         return fast, slow, trend
 
-    def spare(self, expected: float) -> float:
-        """Load to be kept in hand. It grows with the root of the load, as the spread of a sum of
-        independent requests does (square-root staffing)."""
-        return self.margin * math.sqrt(expected)
+    def spare(self, expected: float, group: float) -> float:
+        """Load to be kept in hand: as many groups as the margin times the root of those that
+        carry the load (square-root staffing)."""
+        return self.margin * math.sqrt(expected * group)
 
     def expected(self, horizon_s: float, now_load: float) -> float:
         """The likely load then, before the margin; never less than now, for it falls only after it

@@ -110,6 +110,13 @@ def priced(offers: Sequence[Offer], need: Need, counts: Sequence[int]) -> Mix:
     return Mix(tuple(counts), capacity, short, uncovered, cost, hourly)
 
 
+def churn_usd(offers: Sequence[Offer], counts: Sequence[int]) -> float:
+    """What a mix's difference to what there is counts for, where mixes are compared."""
+    return sum(
+        _ALIKE * abs(n - offer.kept) * offer.usd for n, offer in zip(counts, offers, strict=True)
+    )
+
+
 def fits(offers: Sequence[Offer], bounds: Bounds, counts: Sequence[int]) -> bool:
     """Whether a given mix keeps within bounds."""
     workers: dict[str, int] = {}
@@ -277,16 +284,10 @@ class _Search:
     def take_if_better(self, groups: int) -> None:
         mix = priced(self.offers, self.need, self.counts)
         missing = max(0, self.bounds.min_groups - groups)
-        usd = mix.usd + self._churn_usd()
+        usd = mix.usd + churn_usd(self.offers, self.counts)
         if (missing, usd) < (self.best_missing, self.best_usd):
             self.best_counts = list(self.counts)
             self.best_missing, self.best_usd = missing, usd
-
-    def _churn_usd(self) -> float:
-        return sum(
-            _ALIKE * abs(n - offer.kept) * offer.usd
-            for n, offer in zip(self.counts, self.offers, strict=True)
-        )
 
     def best_mix(self) -> Mix:
         counts = [0] * len(self.offers)

@@ -6,7 +6,8 @@ bounds), and what to do about it (end drains, recall, start, release).
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from expertmesh.core.domain.deployment import ScalingMode
 from expertmesh.core.domain.fleet import ExternalUse, GroupSpec, GroupState
@@ -87,6 +88,31 @@ def decide(
     return decision
 
 
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What a decision answers; all by the order of `kinds`."""
+
+    problem: Problem
+    obstacles: tuple[Obstacle, ...]
+    kinds: Kinds
+    load: Load
+    ready: tuple[int, ...]
+    """Of the active groups."""
+    held_back: Mapping[str, str]
+    """By option, why none is started of it now."""
+    usd_per_hour_limit: float | None
+    """Of the model's budgets by the hour and by the day."""
+
+
+def question_at(
+    config: ScalingConfig, state: ModelState, observation: Observation, now_s: float
+) -> Question:
+    """The question that `decide` answers, for those who explain its answer."""
+    turn = _Turn(config, state, observation, now_s)
+    turn.look()
+    return turn.question()
+
+
 class _Turn:
     """The working values of one decision, so that each step reads as one thing."""
 
@@ -136,12 +162,7 @@ class _Turn:
         self.wakes_s: list[float] = []
 
     def run(self) -> Decision:
-        self.adopt()
-        self.advance_groups()
-        self.measure_demand()
-        self.learn_rates()
-        self.measure_load()
-        self.count_spending()
+        self.look()
         self.find_target()
         self.end_drains()
         if self._may_act():
@@ -149,6 +170,29 @@ class _Turn:
             self.fill()
             self.release()
         return self.decision()
+
+    def look(self) -> None:
+        self.adopt()
+        self.advance_groups()
+        self.measure_demand()
+        self.learn_rates()
+        self.measure_load()
+        self.count_spending()
+
+    def question(self) -> Question:
+        reasons = {kind.name: self._why_held_back(kind) for kind in self.kinds.all}
+        return Question(
+            problem=self._problem(),
+            obstacles=self._lifts(),
+            kinds=self.kinds,
+            load=self.load,
+            ready=tuple(
+                sum(r.state is GroupState.READY for r in self._active_of(kind.name))
+                for kind in self.kinds.all
+            ),
+            held_back={name: why for name, why in reasons.items() if why is not None},
+            usd_per_hour_limit=self.usd_per_hour_limit,
+        )
 
     # What is there
 
@@ -280,12 +324,13 @@ class _Turn:
         )
         if load.by_tokens:
             horizon_s = self._start_horizon_s()
+            group = (load.ready + load.coming) / len(active) if active else 1.0
             if self._why_unseen() is None:
                 self.forecast = self.forecast.seen(
-                    load.now, self.over_s, horizon_s, self.config.slo.attainment
+                    load.now, self.over_s, horizon_s, self.config.slo.attainment, group
                 )
             expected = self.forecast.expected(horizon_s, load.now)
-            spare = self.forecast.spare(expected)
+            spare = self.forecast.spare(expected, group)
             work_off_s = max(horizon_s, self.config.slo.ttft_s)
             load = replace(
                 load,

@@ -19,6 +19,8 @@ from expertmesh.simulator.policy import GroupView, Move, View
 from expertmesh.simulator.scenario import Scenario
 
 _LEAST_SAMPLES = 5
+_LEAST_TOKENS_PER_S = 1.0
+"""With fewer an engine is as good as idle, and says nothing about its iterations."""
 
 
 class Predictor(StrEnum):
@@ -45,7 +47,7 @@ class Iterations:
 
     def learn(self, group: GroupView, kv_tokens: int) -> None:
         running = group.in_flight - group.waiting
-        if running <= 0.0 or group.output_tokens_per_s <= 0.0:
+        if running <= 0.0 or group.output_tokens_per_s < _LEAST_TOKENS_PER_S:
             return
         iteration_s = running / group.output_tokens_per_s
         prompt_tokens = group.prompt_tokens_per_s * iteration_s

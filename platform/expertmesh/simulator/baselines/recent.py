@@ -22,10 +22,6 @@ class Recent:
         """0 without values."""
         return max((value for _, value in self._values), default=0.0)
 
-    def smallest(self) -> float:
-        """0 without values."""
-        return min((value for _, value in self._values), default=0.0)
-
     def _forget(self, now_s: float) -> None:
         # The newest value always counts, so that a span shorter than a tick is a last value.
         while len(self._values) > 1 and self._values[0][0] <= now_s - self.span_s:

@@ -126,7 +126,7 @@ class WvaV2:
                 found[option] = self._known[option]
             else:
                 found[option] = self._known.get(option) or self._derived(view, option)
-        return found
+        return {option: max(1.0, tokens) for option, tokens in found.items()}
 
     def _capacity(self, view: View, option: int, group: GroupView, held: float) -> float:
         in_memory = self._in_memory(option)
