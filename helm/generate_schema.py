@@ -96,6 +96,8 @@ class Store(ChartModel):
 class Resources(ChartModel):
     requests: dict[str, Quantity | int | float] = {}
     limits: dict[str, Quantity | int | float] = {}
+    claims: list[dict[str, Any]] = []
+    """Of devices (DRA), by the names in podSpec.resourceClaims."""
 
 
 class Pods(ChartModel):
@@ -134,8 +136,77 @@ class UsageJournal(ChartModel):
     """The cluster's default class when empty."""
 
 
+class Autoscaling(ChartModel):
+    """A HorizontalPodAutoscaler; `replicas` is then its own and not rendered."""
+
+    enabled: bool = False
+    minReplicas: Annotated[int, Field(ge=1)] = 2
+    maxReplicas: Annotated[int, Field(ge=1)] = 10
+    queuedRequests: Annotated[int, Field(ge=0)] = 20
+    """em_gateway_queued_requests, a pod's average; 0 leaves it out."""
+    openRequests: Annotated[int, Field(ge=0)] = 0
+    """em_gateway_open_requests, a pod's average; 0 leaves it out."""
+    cpuPercent: Annotated[int, Field(ge=0, le=100)] = 0
+    """Of the requested CPU; 0 leaves it out."""
+    scaleDownStabilizationSeconds: Annotated[int, Field(ge=0, le=3600)] = 600
+
+
+class DisruptionBudget(ChartModel):
+    enabled: bool = True
+    maxUnavailable: Annotated[int, Field(ge=1)] = 1
+    """At least one, so that it never blocks a drain."""
+
+
+class IngressHost(ChartModel):
+    host: Annotated[str, Field(min_length=1)]
+    path: Annotated[str, Field(pattern="^/")] = "/"
+
+
+class IngressTls(ChartModel):
+    secretName: Annotated[SecretName, Field(min_length=1)]
+    hosts: Annotated[list[str], Field(min_length=1)]
+
+
+class Ingress(ChartModel):
+    enabled: bool = False
+    className: str = ""
+    """The cluster's default class when empty."""
+    annotations: dict[str, str] = {}
+    hosts: list[IngressHost] = []
+    tls: list[IngressTls] = []
+
+
+class ParentRef(ChartModel):
+    """A Gateway, or one listener of it."""
+
+    name: Annotated[str, Field(min_length=1)]
+    namespace: str | None = None
+    sectionName: str | None = None
+    port: Port | None = None
+
+
+class RouteTimeouts(ChartModel):
+    request: str | None = None
+    backendRequest: str | None = None
+
+
+class HttpRoute(ChartModel):
+    """A route of the Gateway API."""
+
+    enabled: bool = False
+    annotations: dict[str, str] = {}
+    parentRefs: list[ParentRef] = []
+    hostnames: list[str] = []
+    timeouts: RouteTimeouts
+
+
 class Gateway(Pods):
     replicas: Annotated[int, Field(ge=1)] = 1
+    """Without autoscaling."""
+    autoscaling: Autoscaling
+    podDisruptionBudget: DisruptionBudget
+    ingress: Ingress
+    httpRoute: HttpRoute
     service: Service
     secretEnv: dict[EnvName, SecretKey] = {}
     """Variables from Secrets: the keys of external pools and the URL of Redis, which the platform
@@ -145,11 +216,49 @@ class Gateway(Pods):
     """More than the 120 seconds for which a gateway that stops lets open streams go on."""
 
 
+class Rbac(ChartModel):
+    create: bool = True
+    """Role and RoleBinding of the controller."""
+    clusterRole: bool = True
+    """Lets it read nodes, where spotNotices name kubernetes."""
+
+
 class Controller(Pods):
+    replicas: Annotated[int, Field(ge=1)] = 2
+    """One leads."""
+    lease: Literal["kubernetes", "database"] = "kubernetes"
+    """By what they agree on a leader."""
+    spotNotices: list[Annotated[str, Field(pattern="^(kubernetes$|https?://)")]] = ["kubernetes"]
+    """Sources of the news that a node will be taken away."""
+    rbac: Rbac
+    podDisruptionBudget: DisruptionBudget
     terminationGracePeriodSeconds: Seconds = 30
 
 
+PodSpecKey = Literal[
+    "dnsConfig",
+    "dnsPolicy",
+    "hostAliases",
+    "hostIPC",
+    "hostNetwork",
+    "hostPID",
+    "initContainers",
+    "priorityClassName",
+    "resourceClaims",
+    "runtimeClassName",
+    "schedulerName",
+    "schedulingGates",
+    "shareProcessNamespace",
+    "topologySpreadConstraints",
+]
+
+
 class RayPods(Pods):
+    image: Image | None = None
+    """In place of images.ray."""
+    podSecurityContext: dict[str, Any] = {}
+    podSpec: dict[PodSpecKey, Any] = {}
+    """Further fields of the pods' spec."""
     sharedMemory: Quantity | None = None
     """Size of /dev/shm, where Ray's object store lives."""
     rayStartParams: dict[str, str] = {}
@@ -162,10 +271,50 @@ class RayPods(Pods):
 class Workers(RayPods):
     idleTimeoutSeconds: Seconds | None = None
     """An idle node of the pool is given back after this long; ray.idleTimeoutSeconds when unset."""
+    spotTerminationGracePeriodSeconds: Seconds | None = None
+    """Of pools with market: spot, whose nodes are gone soon after the notice."""
 
 
 class Autoscaler(ChartModel):
     resources: Resources
+
+
+class Migrations(ChartModel):
+    """A Job before each install and upgrade, with store.existingSecret."""
+
+    enabled: bool = True
+    activeDeadlineSeconds: Annotated[int, Field(ge=1)] = 600
+    resources: Resources
+
+
+class CacheClaim(ChartModel):
+    existingClaim: SecretName = ""
+    """The chart makes a claim when empty, which `helm uninstall` leaves."""
+    size: Quantity = "1Ti"
+    storageClassName: str = ""
+    """The cluster's default class when empty."""
+    accessModes: Annotated[
+        list[Literal["ReadWriteMany", "ReadWriteOnce", "ReadOnlyMany"]], Field(min_length=1)
+    ] = ["ReadWriteMany"]
+
+
+class ModelCache(ChartModel):
+    """Where workers keep downloaded models."""
+
+    type: Literal["emptyDir", "hostPath", "persistentVolumeClaim"] = "emptyDir"
+    mountPath: Annotated[str, Field(pattern="^/.+")] = "/models"
+    sizeLimit: Quantity | Literal[""] = ""
+    """Of the emptyDir."""
+    hostPath: Annotated[str, Field(pattern="^/.+")] = "/var/lib/expertmesh/models"
+    claim: CacheClaim
+
+
+class RayRedis(ChartModel):
+    address: str = ""
+    """host:port; empty: Ray's head keeps its state in memory."""
+    existingSecret: SecretName = ""
+    """With the password; empty: Redis asks for none."""
+    key: str = "password"
 
 
 class Ray(ChartModel):
@@ -178,6 +327,7 @@ class Ray(ChartModel):
     """Kubernetes' name of the accelerators that pools count."""
     env: dict[EnvName, str] = {}
     """For head and workers."""
+    redis: RayRedis
     autoscaler: Autoscaler
     head: RayPods
     workerDefaults: Workers
@@ -185,8 +335,71 @@ class Ray(ChartModel):
     """By pool name; merged over workerDefaults."""
 
 
+class NetworkPolicy(ChartModel):
+    """Who may open connections to our pods; the lists are NetworkPolicy peers."""
+
+    enabled: bool = True
+    gatewayFrom: list[dict[str, Any]] = []
+    """Everybody when empty."""
+    controllerFrom: list[dict[str, Any]] = []
+    """Beside the gateways."""
+    dashboardFrom: list[dict[str, Any]] = []
+    """Of Ray, beside the controller."""
+    metricsFrom: list[dict[str, Any]] = []
+    """Prometheus."""
+
+
+class Monitor(ChartModel):
+    enabled: bool = False
+    interval: Annotated[str, Field(pattern=r"^[0-9]+(ms|s|m)$")] = "15s"
+    labels: dict[str, str] = {}
+    """Those that your Prometheus operator selects by."""
+
+
+class RuleMonitor(ChartModel):
+    """The alerts of files/alerts.yaml."""
+
+    enabled: bool = False
+    labels: dict[str, str] = {}
+    """Those that your Prometheus operator selects by."""
+
+
+class Dashboards(ChartModel):
+    """A ConfigMap for each dashboard."""
+
+    enabled: bool = False
+    labels: dict[str, str] = {"grafana_dashboard": "1"}
+    """Those that Grafana's sidecar selects by."""
+    annotations: dict[str, str] = {}
+
+
+class Monitoring(ChartModel):
+    serviceMonitor: Monitor
+    """Gateway and controller."""
+    podMonitor: Monitor
+    """Ray's head and workers, and in their metrics the engines'."""
+    prometheusRule: RuleMonitor
+    dashboards: Dashboards
+
+
+class ChatTest(ChartModel):
+    existingSecret: SecretName = ""
+    """With a key of the gateway; the test is left out when empty."""
+    key: str = "key"
+    model: str = ""
+    """The first model when empty."""
+
+
+class Tests(ChartModel):
+    """Of `helm test`."""
+
+    chat: ChatTest
+
+
 class ChartValues(ChartModel):
-    nameOverride: Annotated[str, Field(pattern=r"^([a-z]([a-z0-9-]*[a-z0-9])?)?$")] = ""
+    nameOverride: Annotated[
+        str, Field(pattern=r"^([a-z]([a-z0-9-]*[a-z0-9])?)?$", max_length=40)
+    ] = ""
     """Replaces <release>-expertmesh as the first part of all names."""
     images: Images
     imagePullSecrets: list[PullSecret] = []
@@ -198,7 +411,14 @@ class ChartValues(ChartModel):
     store: Store
     gateway: Gateway
     controller: Controller
+    migrations: Migrations
+    modelCache: ModelCache
     ray: Ray
+    networkPolicy: NetworkPolicy
+    monitoring: Monitoring
+    tests: Tests
+    extraObjects: list[dict[str, Any] | str] = []
+    """Rendered with this chart's own; strings, and values within maps, may be templates."""
 
 
 def build_schema() -> dict[str, Any]:

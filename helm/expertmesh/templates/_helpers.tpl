@@ -64,6 +64,15 @@ http://{{ include "expertmesh.rayCluster" . }}-head-svc:8265
       key: {{ .Values.secrets.mesh.key }}
 {{- end -}}
 
+{{/* Tokens that the chart itself makes Secrets of roll the pods that read them. */}}
+{{- define "expertmesh.secretsChecksum" -}}
+{{- with .Values.secrets -}}
+{{- if or .mesh.value .ray.value -}}
+checksum/secrets: {{ list .mesh.value .ray.value | toJson | sha256sum }}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{- define "expertmesh.storeEnv" -}}
 - name: EXPERTMESH_STORE_URL
   {{- if .Values.store.existingSecret }}
@@ -128,6 +137,44 @@ tolerations:
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end -}}
+
+{{/* On other nodes than pods of the same kind, as far as there are any. */}}
+{{- define "expertmesh.spread" -}}
+topologySpreadConstraints:
+  {{- range $key := list "topology.kubernetes.io/zone" "kubernetes.io/hostname" }}
+  - maxSkew: 1
+    topologyKey: {{ $key }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector:
+      matchLabels:
+        {{- include "expertmesh.selectorLabels" $ | nindent 8 }}
+  {{- end }}
+{{- end -}}
+
+{{/* Placement of gateways and controllers: .pods with an affinity that SQLite asks for. Its file is on a volume of
+     one node, and several hosts cannot share its WAL. */}}
+{{- define "expertmesh.servicePlacement" -}}
+{{- $placement := pick .pods "nodeSelector" "tolerations" "affinity" | deepCopy -}}
+{{- if not .root.Values.store.existingSecret -}}
+{{- $selector := include "expertmesh.selectorLabels" (dict "root" .root "component" "controller") | fromYaml -}}
+{{- $near := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" $selector) -}}
+{{- $_ := set $placement "affinity" (merge (dict "podAffinity" (dict "requiredDuringSchedulingIgnoredDuringExecution" (list $near))) ($placement.affinity | default dict)) -}}
+{{- end -}}
+{{- include "expertmesh.placement" $placement -}}
+{{- end -}}
+
+{{- define "expertmesh.modelClaim" -}}
+{{- .Values.modelCache.claim.existingClaim | default (printf "%s-models" (include "expertmesh.fullname" .)) -}}
+{{- end -}}
+
+{{/* Both kinds of Ray pods, for label selectors. */}}
+{{- define "expertmesh.rayPodsSelector" -}}
+matchLabels:
+  app.kubernetes.io/name: expertmesh
+  app.kubernetes.io/instance: {{ .Release.Name }}
+matchExpressions:
+  - {key: app.kubernetes.io/component, operator: In, values: [ray-head, ray-worker]}
 {{- end -}}
 
 {{- define "expertmesh.podSecurityContext" -}}

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ from expertmesh.spec.load import System, load_system
 
 MESH_TOKEN_VARIABLE = "EXPERTMESH_MESH_TOKEN"
 RAY_TOKEN_VARIABLE = "RAY_AUTH_TOKEN"
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.:\[\]-]+")
 
 
 def controller(
@@ -54,6 +56,14 @@ def controller(
             metavar="URL",
             help="Where the gateways reach this controller. Default: as it listens, at this "
             "host's address.",
+        ),
+    ] = None,
+    gateway_url: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Where browsers reach the gateway, for the console's chat. The gateway must allow "
+            "the console's origin. Default: no chat.",
         ),
     ] = None,
     spot_notices: Annotated[
@@ -102,7 +112,8 @@ def controller(
             ray_token=read_token(RAY_TOKEN_VARIABLE, folder / "ray_token"),
             serve_listen_host=serve_host,
             lease=lease,
-            advertise_url=_http_url(advertise),
+            advertise_url=_http_url("--advertise", advertise),
+            gateway_url=_origin(gateway_url),
             spot_notices=tuple(spot_notices or ()),
             kubeconfig=kubeconfig,
             ray_cluster=ray_cluster,
@@ -131,10 +142,19 @@ def read_token(variable: str, kept: Path) -> str | None:
     return value
 
 
-def _http_url(url: str | None) -> str | None:
+def _http_url(option: str, url: str | None) -> str | None:
     if url is not None and not url.startswith(("http://", "https://")):
-        raise SetupError(f"--advertise: {url!r}: write it as http://host:port")
+        raise SetupError(f"{option}: {url!r}: write it as http://host:port")
     return url
+
+
+def _origin(url: str | None) -> str | None:
+    if url is None:
+        return None
+    chosen = url.rstrip("/")
+    if not _ORIGIN.fullmatch(chosen):
+        raise SetupError(f"--gateway-url: {url!r}: write scheme and host, as http://host:port")
+    return chosen
 
 
 def _mesh_token(folder: Path) -> str:

@@ -51,6 +51,13 @@ def gateway(
             file_okay=False,
         ),
     ] = Path(".expertmesh/gateway"),
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="A page that may call the gateway, beside those in the file: scheme and host.",
+        ),
+    ] = None,
     drain_delay_s: Annotated[
         float,
         typer.Option(help="Seconds from turning unready to refusing connections.", min=0),
@@ -77,6 +84,7 @@ def gateway(
             host=chosen.host if host is None else host,
             port=chosen.port if port is None else port,
             workers=chosen.workers if workers is None else workers,
+            cors_origins=(*chosen.cors_origins, *(allow_origin or ())),
         )
 
     try:

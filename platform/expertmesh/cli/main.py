@@ -8,6 +8,7 @@ from expertmesh.cli.explain import explain
 from expertmesh.cli.gateway import gateway
 from expertmesh.cli.keys import keys_app
 from expertmesh.cli.plan import plan
+from expertmesh.cli.simulate import simulate
 from expertmesh.cli.status import status
 from expertmesh.cli.tenants import tenants_app
 from expertmesh.cli.up import up
@@ -25,6 +26,7 @@ app.command()(up)
 app.command()(demo)
 app.command()(status)
 app.command()(plan)
+app.command()(simulate)
 app.command()(explain)
 app.command()(usage)
 app.add_typer(tenants_app, name="tenants")

@@ -31,6 +31,8 @@ async def _up(files: list[Path]) -> None:
         typer.echo(
             f"\ngateway     {local.gateway_url}/v1   (models: {models})\n"
             "a key       expertmesh keys create --tenant me\n"
+            f"console     {local.console_link()}\n"
+            "            (opens once, within ten minutes; a new one: expertmesh status --link)\n"
             "watch       expertmesh status\n"
             "stop        Ctrl-C\n"
         )

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
+from expertmesh.controller.console import PREFIX as CONSOLE
+from expertmesh.controller.console import Console
 from expertmesh.core.domain.fleet import Fleet
 from expertmesh.core.domain.traffic import GatewayReport
 from expertmesh.core.scaling.demand import Flow, GroupDoing
@@ -59,7 +61,10 @@ class ControllerView(Protocol):
 
 
 def build_api(
-    controller: ControllerView, mesh_token: str, role: RoleView | None = None
+    controller: ControllerView,
+    mesh_token: str,
+    role: RoleView | None = None,
+    console: Console | None = None,
 ) -> web.Application:
     api = _Api(controller, mesh_token, role)
     app = web.Application(
@@ -71,6 +76,8 @@ def build_api(
     app.router.add_get("/metrics", api.metrics)
     app.router.add_get("/healthz", api.healthz)
     app.router.add_get("/readyz", api.readyz)
+    if console is not None:
+        console.add_to(app)
     return app
 
 
@@ -105,7 +112,7 @@ class _Api:
 
     @web.middleware
     async def check_token(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path not in _OPEN_PATHS and not self._has_token(request):
+        if not _is_open(request.path) and not self._has_token(request):
             response = _error(
                 401, "mesh_token_required", "send the header Authorization: Bearer <mesh token>"
             )
@@ -195,6 +202,11 @@ class _Api:
         return web.Response(
             status=503, body=msgspec.json.encode({"error": error}), content_type=_JSON
         )
+
+
+def _is_open(path: str) -> bool:
+    """The console asks for its own sessions."""
+    return path in _OPEN_PATHS or path == CONSOLE or path.startswith(f"{CONSOLE}/")
 
 
 def _fault(report: GatewayReport) -> str | None:

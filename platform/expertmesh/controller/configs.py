@@ -56,4 +56,5 @@ def served_model(deployment: ModelDeployment) -> ServedModel:
         max_wait_s=deployment.max_wait_s,
         aliases=deployment.aliases,
         external=deployment.external,
+        slo=deployment.slo,
     )

@@ -16,6 +16,7 @@ from expertmesh.controller.fence import Term, TermStore
 from expertmesh.controller.health import StepHealth
 from expertmesh.controller.journal import DecisionJournal
 from expertmesh.controller.lease import LeaseStep, LeaseStore, LeaseView
+from expertmesh.controller.picture import ExpertHeat, Picture
 from expertmesh.core.domain.fleet import Fleet
 from expertmesh.core.domain.traffic import GatewayReport
 from expertmesh.core.scaling.demand import Flow, GroupDoing
@@ -196,6 +197,8 @@ class LedController(Protocol):
     def summaries(self) -> dict[str, dict[str, Any]]: ...
     def doing(self) -> dict[str, GroupDoing]: ...
     def flows(self) -> dict[str, Flow]: ...
+    def picture(self) -> Picture | None: ...
+    def heat(self) -> dict[str, ExpertHeat]: ...
     def not_ready(self) -> dict[str, str]: ...
     def is_stuck(self) -> bool: ...
     async def run(self, stop: asyncio.Event) -> None: ...
@@ -273,6 +276,15 @@ class Leadership:
     def flows(self) -> dict[str, Flow]:
         controller = self._leading()
         return controller.flows() if controller is not None else {}
+
+    def picture(self) -> Picture | None:
+        """None while another process leads."""
+        controller = self._leading()
+        return controller.picture() if controller is not None else None
+
+    def heat(self) -> dict[str, ExpertHeat]:
+        controller = self._leading()
+        return controller.heat() if controller is not None else {}
 
     async def decisions(self, limit: int, model: str | None) -> list[dict[str, Any]]:
         """From the journal, so a follower answers too."""

@@ -36,7 +36,7 @@ class EngineLoads:
 
     def of(self, record: GroupRecord, in_flight: int) -> GroupLoad:
         """Only of a group that serves: what a broken gang did last is no load of today."""
-        ranks = [info for recent in self._recent(record) if (info := recent.last) is not None]
+        ranks = [info for recent in self.ranks(record) if (info := recent.last) is not None]
         if not ranks:
             return GroupLoad(in_flight=in_flight)
         return GroupLoad(
@@ -50,7 +50,7 @@ class EngineLoads:
 
     def doing(self, record: GroupRecord, latency: Latency) -> GroupDoing | None:
         """None until every rank has answered twice since it started."""
-        recents = self._recent(record)
+        recents = self.ranks(record)
         spans = [span for recent in recents if (span := recent.span()) is not None]
         if len(spans) < record.spec.parallelism.data:
             return None
@@ -73,7 +73,7 @@ class EngineLoads:
             tpot_s=latency.tpot_s,
         )
 
-    def _recent(self, record: GroupRecord) -> list[Recent[RankInfo]]:
+    def ranks(self, record: GroupRecord) -> list[Recent[RankInfo]]:
         """Of the ranks of a group that serves, by index."""
         known = self._ranks.get(record.spec.name, {}) if record.state in _SERVING else {}
         world = record.spec.parallelism.data

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from expertmesh.clients.ray_serve import RayNode
 from expertmesh.controller.apply import Applier, ServeWriter
 from expertmesh.controller.configs import retired_config
 from expertmesh.controller.fleet import FleetBoard
@@ -29,6 +30,7 @@ from expertmesh.controller.observe import (
     Surroundings,
     observation_of,
 )
+from expertmesh.controller.picture import ExpertHeat, Picture, expert_heat, picture
 from expertmesh.core.domain.fleet import Fleet, GroupState, ServedModel
 from expertmesh.core.domain.traffic import GatewayReport
 from expertmesh.core.metering.capacity import CapacityHold
@@ -84,6 +86,9 @@ class Controller:
         self._retired: set[str] = set()
         self._states: dict[str, ModelState] = {}
         self._last: dict[str, Decision] = {}
+        self._decided_at_s: dict[str, float] = {}
+        self._nodes: tuple[RayNode, ...] | None = None
+        """As of the last turn; None: they could not be listed."""
         self._open_holds: dict[str, CapacityHold] = {}
         self._started_at_s = parts.now_s()
         self._turned_at_s = self._started_at_s
@@ -157,6 +162,24 @@ class Controller:
         """By model, over all gateways that report, as of the last decision."""
         return {model: decision.demand.flow for model, decision in sorted(self._last.items())}
 
+    def picture(self) -> Picture | None:
+        """None until the first decision."""
+        if self._board.fleet is None:
+            return None
+        return picture(
+            self._turned_at_s,
+            self._configs.values(),
+            {model: (self._decided_at_s[model], last) for model, last in self._last.items()},
+            self._records(),
+            self._nodes,
+            self._engine_loads,
+            self._doing,
+        )
+
+    def heat(self) -> dict[str, ExpertHeat]:
+        """By group."""
+        return expert_heat(self._records(), self._engine_loads)
+
     def not_ready(self) -> dict[str, str]:
         """By step, why the controller cannot do its work; empty when it can."""
         problems = self._health.repeated()
@@ -204,6 +227,7 @@ class Controller:
             if not self._is_restored:
                 return
         snapshot = await self._observer.look(self._records())
+        self._nodes = snapshot.nodes
         self.metrics.saw_ranks(snapshot.ranks.values())
         self._engine_loads.saw(snapshot.ranks, snapshot.answered_at_s)
         for what in ("applications", "nodes", "placement groups", "spot notices"):
@@ -311,6 +335,7 @@ class Controller:
     def _take(self, decision: Decision, before: ModelState, now_s: float) -> None:
         self._states[decision.model] = decision.state
         self._last[decision.model] = decision
+        self._decided_at_s[decision.model] = now_s
         self.metrics.decided(decision, before)
         gone = {step.group for step in decision.transitions if step.after is GroupState.GONE}
         for record in before.groups:
@@ -326,7 +351,7 @@ class Controller:
         for model in [model for model in self._retired if not self._states[model].groups]:
             self._retired.remove(model)
             self._looked.discard(model)
-            for known in (self._configs, self._states, self._last):
+            for known in (self._configs, self._states, self._last, self._decided_at_s):
                 known.pop(model, None)
 
     def _is_settled(self, now_s: float) -> bool:

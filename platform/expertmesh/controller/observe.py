@@ -266,6 +266,7 @@ def _group_seen(
     if snapshot.placement_groups is not None:
         prefix = f"{_GANG_PREFIX}{name}_"
         placement_group = any(pg.startswith(prefix) for pg in snapshot.placement_groups)
+    taken_at_s = _leaving_ranks(record, application, leaving)
     return GroupSeen(
         name=name,
         application=_application_seen(application, alive) if application else None,
@@ -276,8 +277,14 @@ def _group_seen(
         spec=_changed_spec(record, application),
         held_since_s=around.held_since_s.get(name) if record is None else None,
         doing=around.doing.get(name),
-        leaving_at_s=min(_leaving_ranks(record, application, leaving), default=None),
+        leaving_at_s=min(taken_at_s, default=None),
+        leaving_workers=len(taken_at_s) * _workers_a_rank(record, application),
     )
+
+
+def _workers_a_rank(record: GroupRecord | None, application: Application | None) -> int:
+    spec = record.spec if record is not None else application.spec if application else None
+    return spec.parallelism.tensor if spec is not None else 0
 
 
 def _changed_spec(record: GroupRecord | None, application: Application | None) -> GroupSpec | None:

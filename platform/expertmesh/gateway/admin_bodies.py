@@ -258,9 +258,17 @@ class UsageRowOut(BaseModel):
     completion_tokens: int
     tariff_usd: ExactUsd
     capacity_usd: ExactUsd
-    """Attributed and idle together."""
+    """The sum of the five below."""
     attributed_usd: ExactUsd
+    """What the requests cost, at our groups and at external providers."""
     idle_usd: ExactUsd
+    """Groups that were ready and had nothing to do."""
+    starting_usd: ExactUsd
+    draining_usd: ExactUsd
+    idle_nodes_usd: ExactUsd
+    """Nodes, or parts of them, that no group occupied."""
+    external_usd: ExactUsd
+    """Part of attributed_usd: paid to external providers."""
 
     @classmethod
     def of(cls, key: str | None, row: UsageRow) -> "UsageRowOut":
@@ -274,6 +282,10 @@ class UsageRowOut(BaseModel):
             capacity_usd=_nano(row.capacity_nano_usd),
             attributed_usd=_nano(row.attributed_nano_usd),
             idle_usd=_nano(row.idle_nano_usd),
+            starting_usd=_nano(row.starting_nano_usd),
+            draining_usd=_nano(row.draining_nano_usd),
+            idle_nodes_usd=_nano(row.idle_nodes_nano_usd),
+            external_usd=_nano(row.external_nano_usd),
         )
 
 

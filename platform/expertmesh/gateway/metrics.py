@@ -30,11 +30,14 @@ class GatewayMetrics:
         self._collector = TallyCollector(tally, folder)
         self._requests: dict[tuple[str, str, int], CounterChild] = {}
         self._served: dict[tuple[str, str], ServedMetrics] = {}
+        self._tenants: dict[str, TenantMetrics] = {}
+        self._slo: dict[tuple[str, str], CounterChild] = {}
         # Answers
         self.requests: Final = tally.counter(names.GATEWAY_REQUESTS)
         self.ttft: Final = tally.histogram(names.GATEWAY_TTFT)
         self.tpot: Final = tally.histogram(names.GATEWAY_TPOT)
         self.duration: Final = tally.histogram(names.GATEWAY_DURATION)
+        self.slo_requests: Final = tally.counter(names.GATEWAY_SLO)
         # Queue
         self.queue_wait: Final = tally.histogram(names.GATEWAY_QUEUE_WAIT)
         self.queued: Final = tally.gauge(names.GATEWAY_QUEUED)
@@ -54,6 +57,9 @@ class GatewayMetrics:
         # Usage
         self.tokens: Final = tally.counter(names.GATEWAY_TOKENS)
         self.revenue_usd: Final = tally.counter(names.GATEWAY_REVENUE)
+        self.tenant_requests: Final = tally.counter(names.GATEWAY_TENANT_REQUESTS)
+        self.tenant_tokens: Final = tally.counter(names.GATEWAY_TENANT_TOKENS)
+        self.tenant_revenue_usd: Final = tally.counter(names.GATEWAY_TENANT_REVENUE)
         self.usage_pending: Final = tally.gauge(names.GATEWAY_USAGE_PENDING).labels()
         self.usage_given_up: Final = tally.counter(names.GATEWAY_USAGE_GIVEN_UP).labels()
         self.access_log_dropped: Final = tally.counter(names.GATEWAY_ACCESS_LOG_DROPPED).labels()
@@ -78,6 +84,21 @@ class GatewayMetrics:
         if served is None:
             served = self._served[model, pool] = ServedMetrics(self, model, pool)
         return served
+
+    def tenant(self, name: str) -> "TenantMetrics":
+        """What the usage of the tenant adds to."""
+        tenant = self._tenants.get(name)
+        if tenant is None:
+            tenant = self._tenants[name] = TenantMetrics(self, name)
+        return tenant
+
+    def judged(self, model: str, result: str) -> None:
+        """By the model's latency targets: met, slow_start, slow_tokens, failed."""
+        key = (model, result)
+        child = self._slo.get(key)
+        if child is None:
+            child = self._slo[key] = self.slo_requests.labels(model, result)
+        child.value += 1
 
     def waited(self, model: str, priority: str, wait_s: float) -> None:
         self.queue_wait.labels(model, priority).observe(wait_s)
@@ -183,3 +204,17 @@ class ServedMetrics:
         self.cached_tokens = metrics.tokens.labels(model, pool, "cached")
         self.completion_tokens = metrics.tokens.labels(model, pool, "out")
         self.revenue_usd = metrics.revenue_usd.labels(model, pool)
+
+
+class TenantMetrics:
+    """The children for one tenant; operators make tenants, so there are not too many."""
+
+    __slots__ = ("cached_tokens", "completion_tokens", "prompt_tokens", "requests", "revenue_usd")
+
+    def __init__(self, metrics: GatewayMetrics, tenant: str) -> None:
+        self.requests = metrics.tenant_requests.labels(tenant)
+        self.prompt_tokens = metrics.tenant_tokens.labels(tenant, "in")
+        """Without those from the cache."""
+        self.cached_tokens = metrics.tenant_tokens.labels(tenant, "cached")
+        self.completion_tokens = metrics.tenant_tokens.labels(tenant, "out")
+        self.revenue_usd = metrics.tenant_revenue_usd.labels(tenant)

@@ -21,6 +21,7 @@ from expertmesh.gateway.usage_writer import UsageWriter
 from expertmesh.telemetry.traces import CallTrace, TracedCall, Tracing
 
 _NOTHING: Final = TokenCount(0, 0, 0)
+_FOR_WANT_OF_ROOM: Final = frozenset({"queue_full", "queue_timeout", "no_capacity", "draining"})
 _REFUSED: Final = "refused"
 """In the log: by a limit, for want of room, or by the rank as a faulty request."""
 
@@ -126,6 +127,8 @@ class Settlement:
             )
             self._measure(call, count, duration_s)
             self._admission.served(call, count.prompt + count.completion)
+        if call.endpoint.metered and not aborted:
+            self._judge(call, count, duration_s)
         if call.reserved:
             call.reserved = False
             self._limiter.settle(
@@ -160,7 +163,14 @@ class Settlement:
         served.prompt_tokens.value += count.prompt - count.cached
         served.cached_tokens.value += count.cached
         served.completion_tokens.value += count.completion
-        served.revenue_usd.value += call.cost_pico_usd / PICO_USD_PER_USD
+        usd = call.cost_pico_usd / PICO_USD_PER_USD
+        served.revenue_usd.value += usd
+        tenant = self._metrics.tenant(call.caller.tenant)
+        tenant.requests.value += 1
+        tenant.prompt_tokens.value += count.prompt - count.cached
+        tenant.cached_tokens.value += count.cached
+        tenant.completion_tokens.value += count.completion
+        tenant.revenue_usd.value += usd
         # A whole answer's first byte comes at its end and says nothing about latency targets.
         if call.events is None or call.first_byte_s is None:
             return
@@ -171,6 +181,30 @@ class Settlement:
             tpot_s = (duration_s - ttft_s) / (count.completion - 1)
             served.tpot.observe(tpot_s, trace_id)
         self._view.timed(candidate.group, call.first_byte_s - call.asked_s, tpot_s)
+
+    def _judge(self, call: Call, count: TokenCount, duration_s: float) -> None:
+        """Whether the model kept its targets. What the client did wrong or may not do says nothing
+        about that: those requests count nowhere."""
+        failed = call.outcome is Outcome.ERROR or call.status >= 500
+        if failed or call.dropped_reason in _FOR_WANT_OF_ROOM:
+            self._metrics.judged(call.model.name, "failed")
+            return
+        if call.status >= 400:
+            return
+        slo = call.model.slo
+        more_tokens = max(0, count.completion - 1)
+        if call.events is None or call.first_byte_s is None:
+            # Nobody sees when a whole answer begins: both times together are its target.
+            met = duration_s <= slo.ttft_s + slo.tpot_s * more_tokens
+            self._metrics.judged(call.model.name, "met" if met else "slow_tokens")
+            return
+        ttft_s = call.first_byte_s - call.started_s
+        result = "met"
+        if ttft_s > slo.ttft_s:
+            result = "slow_start"
+        elif duration_s - ttft_s > slo.tpot_s * more_tokens and more_tokens:
+            result = "slow_tokens"
+        self._metrics.judged(call.model.name, result)
 
     def _log(self, call: Call, count: TokenCount, duration_s: float) -> None:
         candidate = call.candidate

@@ -20,6 +20,8 @@ from expertmesh.clients.ray_serve import RayServeClient
 from expertmesh.controller.announce import AnnouncedJournal
 from expertmesh.controller.api import build_api
 from expertmesh.controller.configs import scaling_config, served_model
+from expertmesh.controller.console import Console
+from expertmesh.controller.console_access import ConsoleAccess
 from expertmesh.controller.fence import FencedJournal, FencedServe, Term
 from expertmesh.controller.leadership import Leadership, LeaseKeeper
 from expertmesh.controller.lease import LeaseStore, LeaseView
@@ -27,13 +29,16 @@ from expertmesh.controller.loop import Controller, ControllerParts
 from expertmesh.controller.memory_lease import MemoryLease
 from expertmesh.controller.notices import AllNotices, FileNotices, HttpNotices
 from expertmesh.controller.observe import HttpRankProbe, SpotNotices
+from expertmesh.controller.today import TodayReader
 from expertmesh.core.scaling.contract import Timing
 from expertmesh.errors import SetupError
 from expertmesh.spec.load import System
 from expertmesh.store.database import Database, open_database
 from expertmesh.store.journal import Journal
+from expertmesh.store.keys import KeyBook
 from expertmesh.store.leases import LeaseTable
 from expertmesh.store.ledger import Ledger
+from expertmesh.store.spend import LedgerSpend
 
 if TYPE_CHECKING:
     from expertmesh.launch.kubernetes import KubernetesParts
@@ -78,6 +83,8 @@ class ControllerSettings:
     """Where gateways reach this controller; by default as it listens, at this host's address."""
     spot_notices: tuple[str, ...] = ()
     """`kubernetes`, `file:PATH` or an HTTP URL, any number of them."""
+    gateway_url: str | None = None
+    """As browsers reach the gateway, for the console's chat."""
     kubeconfig: Path | None = None
     """Without one, the service account of this pod."""
     ray_cluster: str | None = None
@@ -133,7 +140,12 @@ async def _serve(settings: ControllerSettings, database: Database, stop: asyncio
         kubernetes = await _kubernetes(settings, stack)
         leadership = _wire(settings, database, http, kubernetes)
         runner = web.AppRunner(
-            build_api(leadership, settings.mesh_token, leadership),
+            build_api(
+                leadership,
+                settings.mesh_token,
+                leadership,
+                _console(settings, database, leadership),
+            ),
             access_log=None,
             shutdown_timeout=_SHUTDOWN_TIMEOUT_S,
         )
@@ -144,6 +156,17 @@ async def _serve(settings: ControllerSettings, database: Database, stop: asyncio
         _log.info("controller listens on http://%s:%d", settings.host, settings.port)
         await leadership.run(stop)
     _log.info("controller stopped; the groups go on running")
+
+
+def _console(settings: ControllerSettings, database: Database, leadership: Leadership) -> Console:
+    return Console(
+        leadership,
+        ConsoleAccess(settings.mesh_token, KeyBook(database), time.time),
+        name=settings.manifests.platform.name,
+        gateway_url=settings.gateway_url,
+        today=TodayReader(Ledger(database), LedgerSpend(database), time.time),
+        role=leadership,
+    )
 
 
 async def _kubernetes(

@@ -16,6 +16,7 @@ from typing import IO, Self
 
 import aiohttp
 
+from expertmesh.controller.console_access import console_link
 from expertmesh.errors import SetupError
 from expertmesh.launch.chosen import chosen_lines
 from expertmesh.launch.our_processes import MARKER_VARIABLE, end_processes
@@ -66,6 +67,10 @@ class LocalSystem:
         listener = self.system.platform.controller
         return f"http://{listener.host}:{listener.port}"
 
+    def console_link(self) -> str:
+        """Opens the console once, within ten minutes."""
+        return console_link(self.controller_url, self.state.mesh_token(), time.time())
+
     @property
     def gateway_arguments(self) -> tuple[str, ...]:
         gateway = self.system.platform.gateway
@@ -75,6 +80,7 @@ class LocalSystem:
             *("--config", str(self.system.platform_file.absolute())),
             *("--state-dir", str(self.state.gateway)),
             *("--workers", str(gateway.workers)),
+            *("--allow-origin", self.controller_url),
         )
 
     async def __aenter__(self) -> Self:
@@ -158,6 +164,7 @@ class LocalSystem:
             *(part for file in self.files for part in ("-f", str(file))),
             *("--dashboard-url", nodes.dashboard_url),
             *("--serve-host", "127.0.0.1"),
+            *("--gateway-url", self.gateway_url),
         )
         self._start_service("gateway", *self.gateway_arguments)
         async with aiohttp.ClientSession() as http:

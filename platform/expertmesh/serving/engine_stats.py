@@ -22,6 +22,7 @@ class EngineLoad:
     uncached_prompt_tokens_total: int = 0
     output_tokens_total: int = 0
     preemptions_total: int = 0
+    cached_prompt_tokens_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,10 @@ def read_load() -> EngineLoad:
     for metric in get_metrics_snapshot():
         if isinstance(metric, Gauge) and "reason" not in metric.labels:
             gauges[metric.name] = metric.value
-        elif isinstance(metric, Counter) and metric.labels.get("source", _COMPUTED) == _COMPUTED:
-            totals[metric.name] = totals.get(metric.name, 0) + metric.value
+        elif isinstance(metric, Counter):
+            own = metric.labels.get("source", _COMPUTED) == _COMPUTED
+            name = metric.name if own else f"{metric.name} from a cache"
+            totals[name] = totals.get(name, 0) + metric.value
     return EngineLoad(
         running=int(gauges.get("vllm:num_requests_running", 0)),
         waiting=int(gauges.get("vllm:num_requests_waiting", 0)),
@@ -66,4 +69,5 @@ def read_load() -> EngineLoad:
         uncached_prompt_tokens_total=totals.get("vllm:prompt_tokens_by_source", 0),
         output_tokens_total=totals.get("vllm:generation_tokens", 0),
         preemptions_total=totals.get("vllm:num_preemptions", 0),
+        cached_prompt_tokens_total=totals.get("vllm:prompt_tokens_by_source from a cache", 0),
     )

@@ -5,6 +5,7 @@ Free of torch and vLLM, so that any process may read and add up loads.
 
 import asyncio
 import re
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -68,6 +69,31 @@ def add_loads(shares: Iterable[Sequence[LayerLoad]]) -> tuple[LayerLoad, ...]:
             for expert, tokens in load.tokens:
                 layer[expert] = layer.get(expert, 0) + tokens
     return tuple(LayerLoad(layer, tuple(sorted(totals[layer].items()))) for layer in sorted(totals))
+
+
+class RecentLoads:
+    """The loads of the last readings of one share, a minute with one every 5 s."""
+
+    def __init__(self, readings: int = 13) -> None:
+        self._loads: deque[tuple[LayerLoad, ...]] = deque(maxlen=readings)
+
+    def saw(self, loads: tuple[LayerLoad, ...]) -> None:
+        """Totals never fall: a new process begins with no reading."""
+        self._loads.append(loads)
+
+    def peaks(self) -> dict[str, tuple[int, int, int]]:
+        """By layer: tokens of the busiest expert and of all between the oldest and the newest
+        reading, and how many experts there are; without layers that had no token."""
+        if len(self._loads) < 2:
+            return {}
+        before = {load.layer: dict(load.tokens) for load in self._loads[0]}
+        found = {}
+        for load in self._loads[-1]:
+            known = before.get(load.layer, {})
+            grown = [tokens - known.get(expert, 0) for expert, tokens in load.tokens]
+            if any(grown):
+                found[str(load.layer)] = (max(grown), sum(grown), len(grown))
+        return found
 
 
 def layer_index(layer_name: str) -> int:

@@ -14,7 +14,7 @@ from expertmesh.core.domain.fleet import RankInfo
 from expertmesh.errors import UpstreamUnavailable
 from expertmesh.serving import engine_stats
 from expertmesh.serving.dp_coordinator import end_coordinator_with_rank
-from expertmesh.serving.expert_load import LayerLoad, read_expert_load
+from expertmesh.serving.expert_load import LayerLoad, RecentLoads, read_expert_load
 from expertmesh.serving.fate_sharing import die_with_parent, own_children
 from expertmesh.serving.mesh_guard import ALLOWED_ROUTES, AsgiApp, MeshGuard
 
@@ -34,6 +34,7 @@ class GroupServer(DPServer):
         self._expert_load: tuple[LayerLoad, ...] = ()
         self._expert_load_at_s = -_EXPERT_LOAD_PERIOD_S
         self._expert_load_task: asyncio.Task[None] | None = None
+        self._recent_loads = RecentLoads()
         self._mesh_token = os.environ.get(MESH_TOKEN_VARIABLE, "")
         if not self._mesh_token:
             raise RuntimeError(
@@ -82,6 +83,8 @@ class GroupServer(DPServer):
             uncached_prompt_tokens_total=load.uncached_prompt_tokens_total,
             output_tokens_total=load.output_tokens_total,
             preemptions_total=load.preemptions_total,
+            cached_prompt_tokens_total=load.cached_prompt_tokens_total,
+            layers=self._recent_loads.peaks(),
         )
 
     async def _experts(self) -> dict[str, Any]:
@@ -105,6 +108,7 @@ class GroupServer(DPServer):
     async def _read_expert_load(self) -> None:
         try:
             self._expert_load = await read_expert_load(self)
+            self._recent_loads.saw(self._expert_load)
         except UpstreamUnavailable as error:
             _log.warning("%s", error)
 

@@ -211,6 +211,16 @@ class KeyBook:
         callers = await self._callers(true(), now_s)
         return {sha256: caller for sha256, caller in callers.items() if caller is not None}
 
+    async def admin_id(self, secret: str, now_s: float) -> str | None:
+        """Id of the active admin key with this secret; None for any other secret."""
+        found = await self._callers(api_keys.c.sha256 == hash_secret(secret), now_s)
+        return next((one.key_id for one in found.values() if one is not None and one.admin), None)
+
+    async def is_admin(self, key_id: str, now_s: float) -> bool:
+        """Whether there is an active admin key with this id."""
+        known = await self.get(key_id)
+        return known is not None and known.admin and known.is_active(now_s)
+
     async def changed(self, after: int, now_s: float) -> dict[str, Caller | None]:
         """Keys that changed, alone or with their tenant, after version `after`.
 

@@ -136,6 +136,24 @@ GATEWAY_TOKENS = Metric(
 GATEWAY_REVENUE = Metric(
     "em_gateway_tariff_usd_total", "counter", "Tariff price of the usage served", ("model", "pool")
 )
+GATEWAY_SLO = Metric(
+    "em_gateway_slo_requests_total",
+    "counter",
+    "Requests by what became of their latency targets: met, slow_start, slow_tokens, failed",
+    ("model", "result"),
+)
+GATEWAY_TENANT_REQUESTS = Metric(
+    "em_gateway_tenant_requests_total", "counter", "Requests of which usage is kept", ("tenant",)
+)
+GATEWAY_TENANT_TOKENS = Metric(
+    "em_gateway_tenant_tokens_total",
+    "counter",
+    "Tokens by direction: in, cached, out",
+    ("tenant", "direction"),
+)
+GATEWAY_TENANT_REVENUE = Metric(
+    "em_gateway_tenant_tariff_usd_total", "counter", "Tariff price of the usage", ("tenant",)
+)
 GATEWAY_USAGE_PENDING = Metric(
     "em_gateway_usage_pending_records", "gauge", "Usage records that wait for the ledger"
 )
@@ -160,8 +178,147 @@ CONTROLLER_DESIRED_GROUPS = Metric(
 CONTROLLER_DEMAND = Metric(
     "em_controller_demand_requests", "gauge", "Queued and running requests", ("model",)
 )
+CONTROLLER_QUEUED = Metric(
+    "em_controller_queued_requests", "gauge", "Requests that wait, over all gateways", ("model",)
+)
+CONTROLLER_OLDEST_WAIT = Metric(
+    "em_controller_oldest_wait_seconds",
+    "gauge",
+    "Time that the oldest queued request has waited",
+    ("model",),
+)
+CONTROLLER_PREDICTED_WAIT = Metric(
+    "em_controller_predicted_wait_seconds",
+    "gauge",
+    "Wait predicted for a request that comes now; +Inf when the groups fall behind",
+    ("model",),
+)
+CONTROLLER_LOAD = Metric(
+    "em_controller_load_groups",
+    "gauge",
+    "Load and capacity in units of one group: now, expected, spare, needed, held, ready, coming",
+    ("model", "part"),
+)
+CONTROLLER_NEED = Metric(
+    "em_controller_needed_groups", "gauge", "Groups that the load asks for", ("model",)
+)
+CONTROLLER_TARGET = Metric(
+    "em_controller_target_groups",
+    "gauge",
+    "Groups wanted, by option: pool and size",
+    ("model", "option"),
+)
+CONTROLLER_BINDING = Metric(
+    "em_controller_binding",
+    "gauge",
+    "1 for what keeps the number of groups from being another one",
+    ("model", "binding"),
+)
 CONTROLLER_DECISIONS = Metric(
-    "em_controller_decisions_total", "counter", "Decisions by action", ("model", "action")
+    "em_controller_decisions_total",
+    "counter",
+    "Actions decided on, by what bound the number of groups then",
+    ("model", "action", "binding"),
+)
+CONTROLLER_ADVICE = Metric(
+    "em_controller_advised_actions",
+    "gauge",
+    "Actions that it would take if the model's mode let it",
+    ("model", "action"),
+)
+CONTROLLER_TRANSITIONS = Metric(
+    "em_controller_transitions_total",
+    "counter",
+    "Groups that went from one state to another",
+    ("model", "pool", "before", "after"),
+)
+CONTROLLER_FORECAST_ERROR = Metric(
+    "em_controller_forecast_error_groups",
+    "histogram",
+    "Distance between the load and what was forecast for it, in groups, per 30 s",
+    ("model",),
+    (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0),
+)
+CONTROLLER_FORECAST_MARGIN = Metric(
+    "em_controller_forecast_margin",
+    "gauge",
+    "Groups kept in hand above the forecast, over the root of the groups forecast",
+    ("model",),
+)
+CONTROLLER_EXPECTED_START = Metric(
+    "em_controller_expected_start_seconds",
+    "gauge",
+    "Time that a group's start is expected to take, from the starts seen",
+    ("model", "option"),
+)
+CONTROLLER_LEARNED_RATIO = Metric(
+    "em_controller_learned_time_ratio",
+    "gauge",
+    "Time of a group that a request takes, over the planned time",
+    ("model", "option"),
+)
+CONTROLLER_ZONE_LOSSES = Metric(
+    "em_controller_zone_losses_per_hour",
+    "gauge",
+    "Losses of a spot zone that are expected each hour",
+    ("zone",),
+    merge="max",
+)
+CONTROLLER_BUDGET_RATE = Metric(
+    "em_controller_budget_usd_per_hour", "gauge", "Budget of the model by the hour", ("model",)
+)
+CONTROLLER_BUDGET_DAY = Metric(
+    "em_controller_budget_usd_per_day", "gauge", "Budget of the model by the UTC day", ("model",)
+)
+CONTROLLER_SPENT_TODAY = Metric(
+    "em_controller_spent_today_usd",
+    "gauge",
+    "Cost of the model's groups since midnight UTC",
+    ("model",),
+)
+CONTROLLER_PRICE = Metric(
+    "em_controller_pool_usd_per_node_hour", "gauge", "Price of a node of the pool", ("pool",)
+)
+CONTROLLER_PRICE_TIME = Metric(
+    "em_controller_price_timestamp_seconds",
+    "gauge",
+    "Unix time at which the pool's price was read",
+    ("pool",),
+)
+CONTROLLER_EXTERNAL_PRICE = Metric(
+    "em_controller_external_usd_per_mtok",
+    "gauge",
+    "Price of a million tokens at an external provider: in, cached, out",
+    ("model", "pool", "direction"),
+)
+CONTROLLER_FAILING = Metric(
+    "em_controller_failing_step",
+    "gauge",
+    "Failures in a row of a step of the loop, for those that fail",
+    ("step",),
+)
+CONTROLLER_COST = Metric(
+    "em_controller_cost_usd_total",
+    "counter",
+    "Cost by the ledger: attributed, external, idle, starting, draining, idle_nodes",
+    ("model", "pool", "part"),
+)
+CONTROLLER_TARIFF = Metric(
+    "em_controller_tariff_usd_total",
+    "counter",
+    "Tariff price by the ledger of the usage served",
+    ("model", "pool"),
+)
+CONTROLLER_ENERGY = Metric(
+    "em_controller_energy_joules_total",
+    "counter",
+    "Energy of the accelerators by the ledger, where their draw is known",
+    ("model", "pool"),
+)
+CONTROLLER_MONEY_TIME = Metric(
+    "em_controller_ledger_timestamp_seconds",
+    "gauge",
+    "Unix time up to which the ledger has been counted",
 )
 CONTROLLER_SPEND = Metric(
     "em_controller_spend_usd_total", "counter", "Cost of the capacity held", ("model", "pool")
@@ -190,6 +347,56 @@ CONTROLLER_START_DURATION = Metric(
     "Time from asking for a group to its being ready",
     ("model", "pool"),
     (5.0, 10.0, 20.0, 30.0, 45.0, 60.0, 90.0, 120.0, 300.0, 600.0, 1200.0),
+)
+
+# Groups, as their engines tell
+GROUP_RUNNING = Metric(
+    "em_group_running_requests",
+    "gauge",
+    "Requests in the batches of the group's engines",
+    ("model", "pool", "group"),
+)
+GROUP_WAITING = Metric(
+    "em_group_waiting_requests",
+    "gauge",
+    "Requests queued inside the group's engines",
+    ("model", "pool", "group"),
+)
+GROUP_KV_USE = Metric(
+    "em_group_kv_use_ratio",
+    "gauge",
+    "Share of the KV cache in use, mean over the ranks",
+    ("model", "pool", "group"),
+)
+GROUP_KV_TOKENS = Metric(
+    "em_group_kv_tokens",
+    "gauge",
+    "Tokens that fit into the KV cache, over all ranks",
+    ("model", "pool", "group"),
+)
+GROUP_PREEMPTIONS = Metric(
+    "em_group_preemptions_total",
+    "counter",
+    "Requests that lost their place in the KV cache",
+    ("model", "pool", "group"),
+)
+GROUP_TOKENS = Metric(
+    "em_group_tokens_total",
+    "counter",
+    "Tokens of the group's engines: in (computed), cached, out",
+    ("model", "pool", "group", "direction"),
+)
+RANK_TOKENS = Metric(
+    "em_rank_expert_tokens_total",
+    "counter",
+    "Tokens routed to the experts of each rank, summed over layers",
+    ("model", "group", "rank"),
+)
+LAYER_IMBALANCE = Metric(
+    "em_expert_layer_imbalance_ratio",
+    "gauge",
+    "Tokens of a layer's busiest expert over the mean of its experts, lately",
+    ("model", "group", "layer"),
 )
 EXPERT_TOKENS = Metric(
     "em_expert_tokens_total",

@@ -5,7 +5,7 @@ that is exported is prometheus_client's, made of the families that `exposition` 
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import accumulate
 from typing import Generic, TypeVar
 
@@ -91,6 +91,18 @@ class Family(Generic[Child]):
     def clear(self) -> None:
         """Forgets all children, for gauges that are set anew; children kept by callers are lost."""
         self._children.clear()
+
+    def keep(self, label: str, values: Collection[str]) -> None:
+        """Forgets the children with another value of the label."""
+        place = self.metric.labels.index(label)
+        for labels in [each for each in self._children if each[place] not in values]:
+            del self._children[labels]
+
+    def drop(self, label: str, value: str) -> None:
+        """Forgets the children with that value of the label."""
+        place = self.metric.labels.index(label)
+        for labels in [each for each in self._children if each[place] == value]:
+            del self._children[labels]
 
     def items(self) -> Iterator[tuple[tuple[str, ...], Child]]:
         return iter(self._children.items())

@@ -3,6 +3,9 @@
 It stands in for Ray Serve and the gateways as the core sees them, through observations only. What
 it does not have: network failures, replicas that come and go one by one, Serve's own restarts; the
 loop's tests have those.
+
+With traffic it is measured by tokens: a group with b requests in its batch takes t0 + s * b for an
+iteration, at once and without noise, and what the groups cannot carry waits in the gateway.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,6 +17,7 @@ from expertmesh.core.domain.option import GroupOption, GroupRates
 from expertmesh.core.scaling.contract import (
     ApplicationSeen,
     Decision,
+    Grant,
     GroupSeen,
     ModelState,
     Observation,
@@ -23,7 +27,8 @@ from expertmesh.core.scaling.contract import (
     ScalingConfig,
     Timing,
 )
-from expertmesh.core.scaling.demand import GatewaySeen
+from expertmesh.core.scaling.demand import Flow, GatewaySeen, GroupDoing
+from expertmesh.core.scaling.kinds import option_name
 from expertmesh.core.scaling.policy import decide
 from expertmesh.core.scaling.replay import DecisionRecord
 
@@ -75,6 +80,56 @@ def config(*pools: Pool, timing: Timing | None = None, **changes: object) -> Sca
     )
 
 
+OUTPUT = 256.0
+PER_GROUP = 5.0
+"""Requests a second, of 256 tokens, that one group as planned carries at a TPOT of 50 ms."""
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What groups of an option really do."""
+
+    per_request_s: float = 0.03 / 64
+    """By which each request in the batch makes an iteration longer."""
+    lone_tpot_s: float = 0.02
+    places: float = 96.0
+    kv_requests: float = 1000.0
+    """Requests that fill the cache."""
+
+
+@dataclass(frozen=True)
+class Traffic:
+    per_s: float
+    output_tokens: float = OUTPUT
+    prompt_tokens: float = 100.0
+
+
+def size_option(
+    of: Pool, scale: int = 1, *, start_s: float = 60.0, known: bool = True
+) -> GroupOption:
+    """Groups of `2 * scale` workers that do `scale` times as much as the smallest."""
+    rates = GroupRates(256.0 * scale, 1e6 * scale, 1280.0 * scale, 0.02)
+    return GroupOption(
+        of.name,
+        Parallelism(tensor=1, data=2 * scale, expert=2 * scale),
+        of.usd_per_hour(2 * scale),
+        rates if known else GroupRates(256.0 * scale),
+        start_s,
+    )
+
+
+def token_config(
+    *options: GroupOption, pools: tuple[Pool, ...] = (), **changes: object
+) -> ScalingConfig:
+    """By default one pool of plain nodes, held as long as a restart takes, without an up-delay."""
+    if not options:
+        pools = pools or (pool("only", 0.5, nodes=40),)
+        options = tuple(size_option(each) for each in pools)
+    plain: dict[str, object] = {"up_delay_s": 0.0, "down_delay_s": None, "max_groups": 12}
+    base = config(*pools, **(plain | changes))
+    return replace(base, options=options)
+
+
 @dataclass
 class Running:
     spec: GroupSpec
@@ -83,6 +138,10 @@ class Running:
     fails: bool = False
     mute: bool = False
     """Its ranks do not answer any more."""
+    leaving_at_s: float | None = None
+    """As the provider has announced."""
+    dead: bool = False
+    """Its nodes are."""
 
 
 @dataclass
@@ -103,6 +162,17 @@ class World:
     journal_writes: bool = True
     settled: bool = True
     records: list[DecisionRecord] = field(default_factory=list)
+    traffic: Traffic | None = None
+    """None: not measured by tokens."""
+    truths: dict[str, Truth] = field(default_factory=dict)
+    """By option, where it is not as planned."""
+    backlog: float = 0.0
+    """Requests that wait for want of capacity."""
+    provider: bool = False
+    """An external provider takes what groups cannot carry."""
+    grant: Grant | None = None
+    _flow: Flow | None = None
+    _doing: dict[str, GroupDoing] = field(default_factory=dict)
 
     def observation(self, queued: int) -> Observation:
         heard = [
@@ -110,8 +180,10 @@ class World:
                 gateway=name,
                 heard_at_s=self.now_s,
                 knows_s=self.now_s - 1,
-                queued=queued if index == 0 else 0,
+                queued=queued + round(self.backlog) if index == 0 else 0,
+                oldest_wait_s=self.wait_s if index == 0 else 0.0,
                 in_flight=dict(self.in_flight) if index == 0 else {},
+                flow=self._flow if index == 0 else None,
             )
             for index, name in enumerate(self.gateways)
         ]
@@ -125,10 +197,18 @@ class World:
             serve_answers=self.serve_answers,
             journal_writes=self.journal_writes,
             settled=self.settled,
+            grant=self.grant,
         )
+
+    @property
+    def wait_s(self) -> float:
+        per_s = self.traffic.per_s if self.traffic else 0.0
+        return self.backlog / per_s if per_s else 0.0
 
     def step(self, queued: int = 0, dt_s: float = 1.0) -> Decision:
         """Decide on what is there now, do it, and let time pass."""
+        if self.traffic is not None:
+            self._serve(self.traffic, dt_s)
         observation = self.observation(queued)
         before = self.state
         decision = decide(self.config, before, observation, self.now_s)
@@ -145,8 +225,61 @@ class World:
         self.now_s += dt_s
         return decision
 
+    def _serve(self, traffic: Traffic, dt_s: float) -> None:
+        truths = {
+            name: self._truth(run)
+            for name, run in self.running.items()
+            if name in self.serving and not run.dead
+        }
+        most = {
+            name: truth.places
+            / (truth.lone_tpot_s + truth.per_request_s * truth.places)
+            / traffic.output_tokens
+            for name, truth in truths.items()
+        }
+        asked = traffic.per_s + self.backlog / dt_s
+        served = min(asked, sum(most.values()))
+        self.backlog = 0.0 if self.provider else (asked - served) * dt_s
+        finished = asked if self.provider else served
+        self._doing, self.in_flight = {}, {}
+        for name, truth in truths.items():
+            tokens_per_s = served * most[name] / sum(most.values()) * traffic.output_tokens
+            busy = tokens_per_s * truth.per_request_s
+            batch = tokens_per_s * truth.lone_tpot_s / (1.0 - busy)
+            self.in_flight[name] = round(batch)
+            self._doing[name] = GroupDoing(
+                at_s=self.now_s,
+                span_s=10.0,
+                running=round(batch),
+                waiting=0,
+                kv_usage=min(1.0, batch / truth.kv_requests),
+                uncached_prompt_tokens_per_s=tokens_per_s
+                * traffic.prompt_tokens
+                / traffic.output_tokens,
+                output_tokens_per_s=tokens_per_s,
+                ttft_s=0.2 if batch else None,
+                tpot_s=truth.lone_tpot_s + truth.per_request_s * batch if batch else None,
+            )
+        self._flow = Flow(
+            10.0,
+            traffic.per_s,
+            traffic.per_s * traffic.prompt_tokens,
+            finished,
+            finished * traffic.prompt_tokens,
+            finished * traffic.output_tokens,
+        )
+
+    def _truth(self, run: Running) -> Truth:
+        name = option_name(run.spec)
+        scale = run.spec.parallelism.data / 2
+        return self.truths.get(name) or Truth(0.03 / 64 / scale, places=96.0 * scale)
+
     def steps(self, seconds: int, queued: int = 0) -> list[Decision]:
         return [self.step(queued) for _ in range(seconds)]
+
+    def run(self, seconds: int, dt_s: float = 5.0) -> list[Decision]:
+        """A course by tokens, in longer steps."""
+        return [self.step(dt_s=dt_s) for _ in range(round(seconds / dt_s))]
 
     def silence(self, gateway: str, queued: int = 0) -> None:
         """The gateway reports once more and then never again."""
@@ -168,7 +301,7 @@ class World:
             status = "DEPLOY_FAILED" if run.fails else "RUNNING"
         world = run.spec.parallelism.data
         replicas = tuple(
-            ReplicaSeen("RUNNING" if ready else "STARTING", f"node-{index}/{index}", True)
+            ReplicaSeen("RUNNING" if ready else "STARTING", f"node-{index}/{index}", not run.dead)
             for index in range(world)
         )
         ranks = tuple(
@@ -181,7 +314,14 @@ class World:
             for index in range(world)
             if ready and not run.fails
         )
-        return GroupSeen(name, ApplicationSeen(status, "", replicas), ranks, True)
+        return GroupSeen(
+            name,
+            ApplicationSeen(status, "", replicas),
+            ranks,
+            True,
+            doing=self._doing.get(name),
+            leaving_at_s=run.leaving_at_s,
+        )
 
     def _leaving(self) -> list[GroupSeen]:
         """Groups that are out of Serve; their placement groups have disappeared with them."""

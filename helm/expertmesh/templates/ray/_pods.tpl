@@ -11,21 +11,40 @@
 {{- end }}
 {{- end }}
 {{- /* Each rank listens on its own port. KubeRay sets the next three only for a RayService: without them a dead
-       head keeps Serve waiting. Large models load for longer than vLLM's own ten minutes. */}}
+       head keeps Serve waiting. A node that has not reached the head for ten seconds ends itself, so that its
+       group can start elsewhere. Large models load for longer than vLLM's own ten minutes. */}}
 {{- $platform := dict
   "RAY_SERVE_ENABLE_DIRECT_INGRESS" "1"
   "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S" "1"
   "RAY_SERVE_KV_TIMEOUT_S" "5"
   "RAY_gcs_server_request_timeout_seconds" "5"
   "RAY_timeout_ms_task_wait_for_death_info" "0"
+  "RAY_grpc_client_keepalive_timeout_ms" "10000"
+  "RAY_gcs_rpc_server_reconnect_timeout_s" "10"
   "VLLM_ENGINE_READY_TIMEOUT_S" "3600" }}
+{{- if .cache }}
+{{- $_ := set $platform "HF_HUB_CACHE" (printf "%s/hub" .cache.mountPath) }}
+{{- $_ := set $platform "VLLM_CACHE_ROOT" "/cache/vllm" }}
+{{- end }}
 {{- include "expertmesh.plainEnv" (mergeOverwrite $platform (deepCopy (.root.Values.ray.env | default dict)) (deepCopy (.pods.env | default dict))) }}
+{{- end -}}
+
+{{/* Ports of the agents: a raylet waits only seconds for those that they choose themselves. */}}
+{{- define "expertmesh.rayStartParams" -}}
+{{- $fixed := dict
+  "metrics-export-port" "8080"
+  "dashboard-agent-listen-port" "52365"
+  "dashboard-agent-grpc-port" "52366"
+  "runtime-env-agent-port" "52367" }}
+{{- range $name, $value := mergeOverwrite $fixed (deepCopy (.rayStartParams | default dict)) }}
+{{ $name }}: {{ $value | quote }}
+{{- end }}
 {{- end -}}
 
 {{/* Everything of a pod's spec around its one container. */}}
 {{- define "expertmesh.rayPod" -}}
 enableServiceLinks: false
-{{- with .pods.terminationGracePeriodSeconds }}
+{{- with .graceSeconds }}
 terminationGracePeriodSeconds: {{ . }}
 {{- end }}
 {{- with include "expertmesh.imagePullSecrets" .root }}
@@ -34,11 +53,32 @@ terminationGracePeriodSeconds: {{ . }}
 {{- with include "expertmesh.placement" .pods }}
 {{ . | trim }}
 {{- end }}
-{{- if or .pods.sharedMemory .pods.volumes }}
+{{- with .pods.podSecurityContext }}
+securityContext:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .pods.podSpec }}
+{{ toYaml . }}
+{{- end }}
+{{- if or .pods.sharedMemory .pods.volumes .cache }}
 volumes:
   {{- with .pods.sharedMemory }}
   - name: dshm
     emptyDir: {medium: Memory, sizeLimit: {{ . }}}
+  {{- end }}
+  {{- with .cache }}
+  - name: model-cache
+    {{- if eq .type "persistentVolumeClaim" }}
+    persistentVolumeClaim: {claimName: {{ include "expertmesh.modelClaim" $.root }}}
+    {{- else if eq .type "hostPath" }}
+    hostPath: {path: {{ .hostPath }}, type: DirectoryOrCreate}
+    {{- else if .sizeLimit }}
+    emptyDir: {sizeLimit: {{ .sizeLimit }}}
+    {{- else }}
+    emptyDir: {}
+    {{- end }}
+  - name: compiled
+    emptyDir: {}
   {{- end }}
   {{- with .pods.volumes }}
   {{- toYaml . | nindent 2 }}
@@ -47,8 +87,9 @@ volumes:
 {{- end -}}
 
 {{- define "expertmesh.rayContainer" -}}
-image: {{ include "expertmesh.image" (dict "root" .root "image" .root.Values.images.ray) }}
-imagePullPolicy: {{ .root.Values.images.ray.pullPolicy }}
+{{- $image := mergeOverwrite (deepCopy .root.Values.images.ray) (deepCopy (.pods.image | default dict)) }}
+image: {{ include "expertmesh.image" (dict "root" .root "image" $image) }}
+imagePullPolicy: {{ $image.pullPolicy }}
 env:
   {{- include "expertmesh.rayEnv" . | nindent 2 }}
 lifecycle:
@@ -62,10 +103,14 @@ resources:
 securityContext:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- if or .pods.sharedMemory .pods.volumeMounts }}
+{{- if or .pods.sharedMemory .pods.volumeMounts .cache }}
 volumeMounts:
   {{- if .pods.sharedMemory }}
   - {name: dshm, mountPath: /dev/shm}
+  {{- end }}
+  {{- with .cache }}
+  - {name: model-cache, mountPath: {{ .mountPath }}}
+  - {name: compiled, mountPath: /cache}
   {{- end }}
   {{- with .pods.volumeMounts }}
   {{- toYaml . | nindent 2 }}

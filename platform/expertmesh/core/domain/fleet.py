@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from expertmesh.core.domain.slo import Slo
+
 
 class GroupState(StrEnum):
     STARTING = "starting"
@@ -115,6 +117,7 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     """Other names that clients may use for it."""
     external: tuple[ExternalRoute, ...] = ()
+    slo: Slo = Slo()
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,3 +178,8 @@ class RankInfo:
     output_tokens_total: int = 0
     preemptions_total: int = 0
     """Requests that lost their place in the KV cache to others."""
+    cached_prompt_tokens_total: int = 0
+    """Prompt tokens that the engine took from its cache."""
+    layers: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    """By layer, of this rank's experts over the last while: tokens of the busiest one, tokens of
+    all, and how many experts these are."""

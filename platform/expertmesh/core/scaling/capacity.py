@@ -1,7 +1,5 @@
 """Room in the pools."""
 
-from collections.abc import Iterable
-
 from expertmesh.core.domain.hardware import Market, Pool
 from expertmesh.core.scaling.contract import GroupRecord, PoolSeen, workers_of
 
@@ -19,17 +17,18 @@ def capacity_workers(pool: Pool, seen: PoolSeen | None) -> int | None:
     return pool.max_nodes * pool.workers_per_node
 
 
-def room_workers(
-    pool: Pool, seen: PoolSeen | None, own_groups: Iterable[GroupRecord]
-) -> int | None:
+def held_workers(pool: Pool | None, record: GroupRecord, leaving_workers: int) -> int:
+    """Workers by which a group fills its pool; `leaving_workers` of them are on nodes that will be
+    taken away, which are no part of a local pool any more."""
+    workers = workers_of(record.spec.parallelism)
+    if pool is not None and pool.market is Market.LOCAL:
+        return max(0, workers - leaving_workers)
+    return workers
+
+
+def room_workers(pool: Pool, seen: PoolSeen | None, own_workers: int) -> int | None:
     """Workers still free in the pool; a group holds its place until it is gone."""
     capacity = capacity_workers(pool, seen)
     if capacity is None:
         return None
-    used = seen.used_elsewhere if seen else 0
-    used += sum(
-        workers_of(record.spec.parallelism)
-        for record in own_groups
-        if record.spec.pool == pool.name
-    )
-    return capacity - used
+    return capacity - (seen.used_elsewhere if seen else 0) - own_workers

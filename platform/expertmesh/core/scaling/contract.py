@@ -177,6 +177,8 @@ class GroupSeen:
     """None: not known."""
     leaving_at_s: float | None = None
     """When a node of it will be taken away, as its provider has announced."""
+    leaving_workers: int = 0
+    """Of its workers, those on such nodes."""
 
 
 @dataclass(frozen=True, slots=True)

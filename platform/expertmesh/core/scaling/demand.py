@@ -16,6 +16,12 @@ class Flow:
     uncached_prompt_tokens_per_s: float = 0.0
     """Of the requests that finished, as engines report them; so are the output tokens."""
     output_tokens_per_s: float = 0.0
+    external_per_s: float = 0.0
+    """Requests that external providers have answered; they are among the arrivals, but not among
+    the finished ones."""
+    external_prompt_tokens_per_s: float = 0.0
+    """Cached ones included."""
+    external_output_tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +116,9 @@ def _together(flows: list[Flow]) -> Flow:
         finished_per_s=sum(flow.finished_per_s for flow in flows),
         uncached_prompt_tokens_per_s=sum(flow.uncached_prompt_tokens_per_s for flow in flows),
         output_tokens_per_s=sum(flow.output_tokens_per_s for flow in flows),
+        external_per_s=sum(flow.external_per_s for flow in flows),
+        external_prompt_tokens_per_s=sum(flow.external_prompt_tokens_per_s for flow in flows),
+        external_output_tokens_per_s=sum(flow.external_output_tokens_per_s for flow in flows),
     )
 
 

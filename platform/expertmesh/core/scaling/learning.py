@@ -19,7 +19,7 @@ _LEARN_S = 120.0
 """Time constant of what is learned: contexts change within minutes."""
 _OWN_S = 3600.0
 """Of what sets one option apart from the others."""
-_TELLING = 0.25
+_TELLING = 0.1
 """Of the way from t0 to the target, from which an iteration's time tells something."""
 _RATIOS = (0.2, 5.0)
 """Of a planned figure: beyond it the plan is of something else."""
@@ -28,8 +28,8 @@ _KV_SHARE = 0.9
 _DECODES = 32.0
 """Output tokens a request, from which a group mostly decodes, so that the requests in its batch
 over its tokens a second are the time of an iteration."""
-_FEW = 4
-"""Requests in a batch, below which counting them at one moment says little."""
+_MANY = 0.25
+"""Of the requests that a group should carry, from which counting them at one moment says enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def speed_of(
     """None when its speed tells nothing."""
     if lone_tpot_s is None or lone_tpot_s >= slo.tpot_s or not work.is_known:
         return None
-    tpot_s = tpot_now_s(doing, work)
+    tpot_s = tpot_now_s(doing, rates, work)
     if tpot_s is None or doing.running < 1:
         return None
     grown = (tpot_s - lone_tpot_s) / (slo.tpot_s - lone_tpot_s)
@@ -79,9 +79,11 @@ def speed_of(
     return Speed(use, max(1.0, work.output_tokens) * full_tpot_s / batch)
 
 
-def tpot_now_s(doing: GroupDoing, work: Work) -> float | None:
+def tpot_now_s(doing: GroupDoing, rates: GroupRates, work: Work) -> float | None:
     """Time between two tokens of an answer, as young as it can be had."""
-    if doing.running >= _FEW and work.output_tokens >= _DECODES and doing.output_tokens_per_s > 0:
+    many = doing.running >= _MANY * rates.in_flight
+    decodes = work.output_tokens >= _DECODES and doing.output_tokens_per_s > 0
+    if decodes and (many or doing.tpot_s is None):
         return doing.running / doing.output_tokens_per_s
     return doing.tpot_s
 

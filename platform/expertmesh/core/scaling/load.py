@@ -13,6 +13,8 @@ from expertmesh.core.scaling.work import Work
 _FULL = 1.02
 """A queue that waits too long shows that the groups carry more than they can, whatever else says
 that they do not."""
+_SETTLED_S = 60.0
+"""A group that has just become ready has not yet finished what it was sent."""
 _MOST_OVERLOAD = 2.0
 """Longer answers also make fewer requests finish, for a while."""
 
@@ -22,7 +24,8 @@ class Serving:
     """A group that answers requests, or will."""
 
     kind: Kind
-    is_ready: bool
+    ready_for_s: float | None
+    """None: it is on the way."""
     in_flight: int
     doing: GroupDoing | None
 
@@ -31,8 +34,8 @@ def measure_load(
     kinds: Kinds, serving: Iterable[Serving], demand: Demand, work: Work, slo: Slo
 ) -> Load:
     serving = tuple(serving)
-    ready = sum(kinds.capacity(group.kind) for group in serving if group.is_ready)
-    coming = sum(kinds.capacity(group.kind) for group in serving if not group.is_ready)
+    ready = sum(kinds.capacity(group.kind) for group in serving if group.ready_for_s is not None)
+    coming = sum(kinds.capacity(group.kind) for group in serving if group.ready_for_s is None)
     unit = kinds.unit
     if unit is None:
         return Load()
@@ -40,12 +43,17 @@ def measure_load(
         now = demand.work / unit.rates.in_flight
         return Load(now=now, needed=now, expected=now, ready=ready, coming=coming)
     served = sum(
-        kinds.capacity(group.kind) * _use(group, work, slo) for group in serving if group.is_ready
+        kinds.capacity(group.kind) * _use(group, work, slo)
+        for group in serving
+        if group.ready_for_s is not None
     )
     arriving = work.arrivals_per_s * unit.seconds
     # Two measurements of one thing; while requests wait, what is served is less than what comes.
     now = max(served, arriving) if demand.queued or not ready else (served + arriving) / 2
-    if demand.queued and demand.oldest_wait_s > slo.ttft_s and ready > 0:
+    settled = all(
+        group.ready_for_s >= _SETTLED_S for group in serving if group.ready_for_s is not None
+    )
+    if demand.queued and demand.oldest_wait_s > slo.ttft_s and ready > 0 and settled:
         now = max(now, ready * _overload(work))
     return Load(
         now=now,

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 from expertmesh.core.domain.deployment import ScalingMode
 from expertmesh.core.domain.fleet import ExternalUse, GroupSpec, GroupState
-from expertmesh.core.domain.hardware import Market
-from expertmesh.core.scaling.capacity import capacity_workers, room_workers
+from expertmesh.core.domain.hardware import Market, Pool
+from expertmesh.core.scaling.capacity import capacity_workers, held_workers, room_workers
 from expertmesh.core.scaling.contract import (
     Action,
     ActionKind,
@@ -312,7 +312,7 @@ class _Turn:
             [
                 Serving(
                     self._kind(record),
-                    record.state is GroupState.READY,
+                    self.now_s - record.since_s if record.state is GroupState.READY else None,
                     self._in_flight(record),
                     self._seen_of(record).doing,
                 )
@@ -526,11 +526,7 @@ class _Turn:
         for name in {kind.option.pool for kind in self.kinds.all}:
             own = sum(workers_of(record.spec.parallelism) for record in own_groups[name])
             pool = self.pools.get(name)
-            room = (
-                room_workers(pool, self.pools_seen.get(name), self.groups.values())
-                if pool
-                else None
-            )
+            room = self._room_in(pool) if pool else None
             workers[name] = max(0, own + (room or 0))
             if granted and grant is not None and name in grant.workers:
                 workers[name] = min(workers[name], grant.workers[name])
@@ -632,10 +628,7 @@ class _Turn:
         if staying >= self.rules.max_groups:
             return f"{groups(staying)} of at most {self.rules.max_groups} are still there"
         pool = self.pools.get(option.pool)
-        room = None
-        if pool is not None:
-            seen = self.pools_seen.get(option.pool)
-            room = room_workers(pool, seen, self.groups.values())
+        room = self._room_in(pool) if pool is not None else None
         if room is None:
             return f"the nodes of pool {option.pool} could not be listed"
         if room < option.workers:
@@ -858,20 +851,28 @@ class _Turn:
         n = number_of(record.spec.name)
         return (record.spec.usd_per_hour, pool, record.requested_at_s, n)
 
+    def _held(self, record: GroupRecord) -> int:
+        leaving = self._seen_of(record).leaving_workers
+        return held_workers(self.pools.get(record.spec.pool), record, leaving)
+
+    def _room_in(self, pool: Pool) -> int | None:
+        own = sum(self._held(r) for r in self.groups.values() if r.spec.pool == pool.name)
+        return room_workers(pool, self.pools_seen.get(pool.name), own)
+
     def _room_for(self, record: GroupRecord) -> Room:
         """The groups that come before it are those that serve, and the older ones."""
         name = record.spec.pool
         seen = self.pools_seen.get(name)
         used = seen.staying_elsewhere if seen else 0
         used += sum(
-            workers_of(other.spec.parallelism)
+            self._held(other)
             for other in self.groups.values()
             if other.spec.pool == name
             and other.spec.name != record.spec.name
             and other.removed_at_s is None
             and (other.state in _SERVING or _age_key(other) < _age_key(record))
         )
-        needed = used + workers_of(record.spec.parallelism)
+        needed = used + self._held(record)
         pool = self.pools.get(name)
         limit = capacity_workers(pool, seen) if pool else None
         live = seen.live_workers if seen else None

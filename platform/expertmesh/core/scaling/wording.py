@@ -80,3 +80,27 @@ def _on_the_way(record: GroupRecord) -> str:
 
 def groups(count: int) -> str:
     return "1 group" if count == 1 else f"{count} groups"
+
+
+def binding_words(config: ScalingConfig, decision: Decision) -> str:
+    """What keeps the number of groups from being another one, in words."""
+    rules, money = config.rules, []
+    if rules.usd_per_hour_budget is not None:
+        money.append(f"${rules.usd_per_hour_budget:.2f}/h")
+    if rules.usd_per_day_budget is not None:
+        money.append(f"${rules.usd_per_day_budget:.2f}/day")
+    words = {
+        Binding.LOAD: "the load: there are as many groups as it needs",
+        Binding.MIN_GROUPS: f"min_groups of {rules.min_groups}",
+        Binding.MAX_GROUPS: f"max_groups of {rules.max_groups}",
+        Binding.BUDGET: f"the budget of {' and '.join(money)}",
+        Binding.GRANT: "other models, which have the rest of a pool or of the platform's budget",
+        Binding.ROOM: "the room in the pools",
+        Binding.BACKOFF: "starts that failed lately, or a zone that was lost",
+        Binding.HOLD: "groups are held for as long as starting them again would take",
+        Binding.DELAY: f"the higher need must last {rules.up_delay_s:g} s",
+        Binding.UNSEEN: "what cannot be seen is no reason to scale down",
+        Binding.MODE: f"mode {rules.mode}: the groups are left as they are",
+        Binding.EXTERNAL: "a provider, which serves the load for less",
+    }
+    return words[decision.binding]
