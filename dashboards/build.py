@@ -1,14 +1,17 @@
-"""Write the dashboards' JSON: `python -m dashboards.build` in the repository root."""
+"""Write dashboards and rules: `python -m dashboards.build` in the repository root."""
 
 import sys
 from pathlib import Path
 
+import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from dashboards import overview
+from dashboards import alerts, overview
 
 GENERATED = Path(__file__).parent / "generated"
+CHART = Path(__file__).parents[1] / "helm" / "expertmesh" / "files"
+"""The chart may only read files of its own folder: these are copies."""
 
 
 def dashboards() -> dict[str, Dashboard]:
@@ -20,11 +23,24 @@ def to_json(dashboard: Dashboard) -> str:
     return str(JSONEncoder(sort_keys=True, indent=2).encode(dashboard)) + "\n"
 
 
+def rules_text() -> str:
+    text: str = yaml.safe_dump(alerts.rules(), sort_keys=False, width=100)
+    return f"# Written by python -m dashboards.build; change dashboards/alerts.py.\n{text}"
+
+
+def files() -> dict[Path, str]:
+    """All that is written, with the copies."""
+    made = {f"{name}.json": to_json(board) for name, board in dashboards().items()}
+    written = {GENERATED / name: text for name, text in made.items()}
+    written |= {CHART / "dashboards" / name: text for name, text in made.items()}
+    written |= {folder / "alerts.yaml": rules_text() for folder in (GENERATED, CHART)}
+    return written
+
+
 def main() -> None:
-    GENERATED.mkdir(exist_ok=True)
-    for name, dashboard in dashboards().items():
-        path = GENERATED / f"{name}.json"
-        path.write_text(to_json(dashboard))
+    for path, text in files().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
         sys.stdout.write(f"wrote {path.relative_to(Path.cwd())}\n")
 
 

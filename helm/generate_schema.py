@@ -235,30 +235,31 @@ class Controller(Pods):
     terminationGracePeriodSeconds: Seconds = 30
 
 
-PodSpecKey = Literal[
-    "dnsConfig",
-    "dnsPolicy",
-    "hostAliases",
-    "hostIPC",
-    "hostNetwork",
-    "hostPID",
-    "initContainers",
-    "priorityClassName",
-    "resourceClaims",
-    "runtimeClassName",
-    "schedulerName",
-    "schedulingGates",
-    "shareProcessNamespace",
-    "topologySpreadConstraints",
-]
+class PodSpec(ChartModel):
+    """Fields of Kubernetes' PodSpec that the chart itself does not set."""
+
+    dnsConfig: dict[str, Any] | None = None
+    dnsPolicy: Literal["ClusterFirst", "ClusterFirstWithHostNet", "Default", "None"] | None = None
+    hostAliases: list[dict[str, Any]] | None = None
+    hostIPC: bool | None = None
+    hostNetwork: bool | None = None
+    hostPID: bool | None = None
+    initContainers: list[dict[str, Any]] | None = None
+    priorityClassName: str | None = None
+    resourceClaims: list[dict[str, Any]] | None = None
+    runtimeClassName: str | None = None
+    schedulerName: str | None = None
+    schedulingGates: list[dict[str, Any]] | None = None
+    shareProcessNamespace: bool | None = None
+    topologySpreadConstraints: list[dict[str, Any]] | None = None
 
 
 class RayPods(Pods):
     image: Image | None = None
     """In place of images.ray."""
     podSecurityContext: dict[str, Any] = {}
-    podSpec: dict[PodSpecKey, Any] = {}
-    """Further fields of the pods' spec."""
+    podSpec: PodSpec | None = None
+    """Further fields of the pods."""
     sharedMemory: Quantity | None = None
     """Size of /dev/shm, where Ray's object store lives."""
     rayStartParams: dict[str, str] = {}

@@ -14,6 +14,41 @@ import yaml
 REPOSITORY = Path(__file__).parents[2]
 CHART = REPOSITORY / "helm" / "expertmesh"
 PROFILES = tuple(sorted((CHART / "profiles").glob("*.yaml")))
+EVERYTHING: dict[str, Any] = {
+    "store.existingSecret": "expertmesh-store",
+    "secrets.huggingFace.existingSecret": "huggingface",
+    "imagePullSecrets": [{"name": "registry"}],
+    "gateway.replicas": 3,
+    "gateway.autoscaling": {"enabled": True, "openRequests": 400, "cpuPercent": 70},
+    "gateway.journal.persistent": True,
+    "gateway.ingress": {
+        "enabled": True,
+        "className": "nginx",
+        "annotations": {"nginx.ingress.kubernetes.io/proxy-buffering": "off"},
+        "hosts": [{"host": "llm.example.com"}],
+        "tls": [{"secretName": "llm-tls", "hosts": ["llm.example.com"]}],
+    },
+    "gateway.httpRoute": {
+        "enabled": True,
+        "parentRefs": [{"name": "public", "namespace": "gateways"}],
+        "hostnames": ["llm.example.com"],
+        "timeouts": {"request": "0s"},
+    },
+    "modelCache": {"type": "persistentVolumeClaim"},
+    "ray.redis": {"address": "redis:6379", "existingSecret": "redis", "key": "password"},
+    "ray.workerDefaults.podSpec": {"priorityClassName": "high", "hostNetwork": False},
+    "networkPolicy.gatewayFrom": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+    "networkPolicy.dashboardFrom": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}],
+    "monitoring.serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
+    "monitoring.podMonitor": {"enabled": True},
+    "monitoring.prometheusRule": {"enabled": True},
+    "monitoring.dashboards": {"enabled": True, "annotations": {"grafana_folder": "ExpertMesh"}},
+    "tests.chat": {"existingSecret": "chat-key"},
+    "extraObjects": [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-own"}}
+    ],
+}
+"""Every part that is off by default, as paths of --set-json."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +66,7 @@ class Rendered:
         """Every pod's metadata and spec, by a name for messages."""
         templates = {
             f"{kind} {each['metadata']['name']}": each["spec"]["template"]
-            for kind in ("Deployment", "StatefulSet")
+            for kind in ("Deployment", "StatefulSet", "Job")
             for each in self.all(kind)
         }
         templates |= {f"Pod {each['metadata']['name']}": each for each in self.all("Pod")}
@@ -61,10 +96,14 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def helm_template(
-    *, profile: Path | None = None, values: dict[str, Any] | None = None, release: str = "em"
+    *,
+    profile: Path | None = None,
+    values: dict[str, Any] | None = None,
+    release: str = "em",
+    chart: Path = CHART,
 ) -> subprocess.CompletedProcess[str]:
     """`values` are set key by key, as paths of --set-json."""
-    arguments = ["template", release, str(CHART), "--namespace", "models"]
+    arguments = ["template", release, str(chart), "--namespace", "models"]
     if profile is not None:
         arguments += ["--values", str(profile)]
     for path, value in (values or {}).items():
@@ -73,9 +112,13 @@ def helm_template(
 
 
 def render(
-    *, profile: Path | None = None, values: dict[str, Any] | None = None, release: str = "em"
+    *,
+    profile: Path | None = None,
+    values: dict[str, Any] | None = None,
+    release: str = "em",
+    chart: Path = CHART,
 ) -> Rendered:
-    done = helm_template(profile=profile, values=values, release=release)
+    done = helm_template(profile=profile, values=values, release=release, chart=chart)
     assert done.returncode == 0, done.stderr
     return Rendered(tuple(each for each in yaml.safe_load_all(done.stdout) if each))
 

@@ -30,7 +30,7 @@ REPOSITORY = Path(__file__).parents[2]
 RAY_CLUSTER_SCHEMA = json.loads(Path(__file__).with_name("raycluster.schema.json").read_text())
 
 # Objects that an administrator makes before the release, as values.yaml and the profile say.
-EXTERNAL_SECRETS = {"expertmesh-tokens", "expertmesh-store", "huggingface"}
+EXTERNAL_SECRETS = {"expertmesh-tokens", "expertmesh-store", "huggingface", "redis", "chat-key"}
 EXTERNAL_CLAIMS = {"models"}
 API_POOL = {
     "name": "api",
@@ -40,6 +40,25 @@ API_POOL = {
 }
 TARIFF = {"usd_per_mtok_in": 0.5, "usd_per_mtok_cached": 0.1, "usd_per_mtok_out": 2.0}
 PROVIDER_SECRETS = {"gateway.secretEnv": {"EXAMPLE_API_KEY": {"name": "providers", "key": "api"}}}
+
+
+POOL = {"name": "cpu-small", "market": "local", "usd_per_node_hour": 1}
+GPU_POOL = {
+    "name": "gpus",
+    "market": "on-demand",
+    "usd_per_node_hour": 20,
+    "accelerator": "H200",
+    "accelerators_per_node": 8,
+    "nodes": {"min": 0, "max": 2},
+}
+
+
+def gpu_model(**parallelism: int) -> dict[str, Any]:
+    return model_with(pools=["gpus"], parallelism=parallelism)
+
+
+def on_gpus(market: str = "on-demand") -> dict[str, Any]:
+    return {"platform.pools": [{**GPU_POOL, "market": market}], **gpu_model(expert=16)}
 
 
 def pools_with(**changes: Any) -> dict[str, Any]:
@@ -222,6 +241,183 @@ TYPOS: tuple[tuple[str, Path | None, dict[str, Any], tuple[str, ...]], ...] = (
         ("gateway.secretEnv.EXPERTMESH_MESH_TOKEN", "remove it"),
     ),
     (
+        "more groups at least than at most",
+        None,
+        model_with(scaling={"groups": {"min": 3, "max": 2}}),
+        ("models.0.scaling.groups: min 3 is above max 2",),
+    ),
+    (
+        "a pool's least nodes above its most",
+        None,
+        {"platform.pools": [{**POOL, "nodes": {"min": 3, "max": 2}}]},
+        ("platform.pools.0.nodes: min 3 is above max 2; lower min or raise max",),
+    ),
+    (
+        "experts over no whole number of ranks",
+        None,
+        model_with(parallelism={"expert": 6, "tensor": 4}),
+        ("models.0.parallelism.expert: 6 is no multiple of tensor 4",),
+    ),
+    (
+        "ranks that are not experts over tensor",
+        None,
+        model_with(parallelism=[{"expert": 2}, {"expert": 4, "tensor": 2, "data": 4}]),
+        ("models.0.parallelism.1.data: 4 is not expert 4 / tensor 2; leave data out",),
+    ),
+    (
+        "copies of experts without expert parallelism",
+        None,
+        model_with(parallelism={"expert": 1, "redundant_experts": 2}),
+        ("models.0.parallelism.redundant_experts: 2 needs expert above 1",),
+    ),
+    (
+        "experts and copies that do not divide",
+        None,
+        model_with(
+            model={"source": "../models/tiny", "max_model_len": 64, "shape": {"num_experts": 10}},
+            parallelism={"expert": 4, "redundant_experts": 1},
+        ),
+        ("10 experts and 1 copies cannot be shared evenly by expert 4", "redundant_experts: 2"),
+    ),
+    (
+        "a rank larger than a node",
+        None,
+        {"platform.pools": [GPU_POOL], **gpu_model(expert=16, tensor=16)},
+        ("models.0.parallelism.tensor: 16 does not divide the 8 accelerators", "pool gpus"),
+    ),
+    (
+        "a group that leaves accelerators idle",
+        None,
+        {"platform.pools": [GPU_POOL], **gpu_model(expert=12)},
+        ("models.0.parallelism: a group of 12 workers", "write a multiple of 8"),
+    ),
+    (
+        "a group larger than its pool",
+        None,
+        {"platform.pools": [GPU_POOL], **gpu_model(expert=32)},
+        ("a group of 32 workers never fits pool gpus, which has at most 2 nodes of 8", "nodes.max"),
+    ),
+    (
+        "a group with more workers than its pool has CPUs",
+        None,
+        model_with(parallelism={"expert": 4}),
+        ("never fits pool cpu-small, which has at most 2 nodes of 1 CPUs",),
+    ),
+    (
+        "spot nodes in a pool that is on demand",
+        None,
+        {
+            **on_gpus(),
+            "ray.workers": {"gpus": {"nodeSelector": {"karpenter.sh/capacity-type": "spot"}}},
+        },
+        ("ray.workers.gpus.nodeSelector: selects spot nodes", "make a pool for each market"),
+    ),
+    (
+        "on-demand nodes in a spot pool",
+        None,
+        {
+            **on_gpus(market="spot"),
+            "ray.workers": {"gpus": {"nodeSelector": {"cloud.google.com/gke-spot": "false"}}},
+        },
+        ("ray.workers.gpus.nodeSelector: selects on-demand nodes", "market: spot"),
+    ),
+    (
+        "a spot node that would be gone before its grace period",
+        None,
+        {
+            **on_gpus(market="spot"),
+            "ray.workers": {"gpus": {"terminationGracePeriodSeconds": 300}},
+        },
+        ("a grace period of 300 s outlasts a spot node", "terminationGracePeriodSeconds: 25"),
+    ),
+    (
+        "fewer gateways at most than at least",
+        None,
+        {"gateway.autoscaling": {"enabled": True, "minReplicas": 4, "maxReplicas": 2}},
+        ("gateway.autoscaling: minReplicas 4 is above maxReplicas 2",),
+    ),
+    (
+        "gateways scaled by nothing",
+        None,
+        {"gateway.autoscaling": {"enabled": True, "queuedRequests": 0}},
+        ("gateway.autoscaling: nothing to scale by",),
+    ),
+    (
+        "gateways scaled by a share of nothing",
+        None,
+        {
+            "gateway.autoscaling": {"enabled": True, "cpuPercent": 70},
+            "gateway.resources": {"requests": {"cpu": None}},
+        },
+        ("gateway.autoscaling.cpuPercent: is a share of gateway.resources.requests.cpu",),
+    ),
+    (
+        "an Ingress without hosts",
+        None,
+        {"gateway.ingress.enabled": True},
+        ("gateway.ingress.hosts: missing",),
+    ),
+    (
+        "a route without a Gateway",
+        None,
+        {"gateway.httpRoute.enabled": True},
+        ("gateway.httpRoute.parentRefs: missing",),
+    ),
+    (
+        "two services on one port",
+        None,
+        {"platform.controller.port": 8080},
+        ("platform.controller.port: 8080: is that of the gateway; choose another one",),
+    ),
+    (
+        "a name that is too long",
+        None,
+        {"nameOverride": "n" * 41},
+        ("'/nameOverride'", "maxLength: got 41, want 40"),
+    ),
+    (
+        "a volume that the chart has",
+        None,
+        {"ray.workerDefaults.volumes": [{"name": "dshm", "emptyDir": {}}]},
+        ("volumes: dshm: the chart has a volume of this name",),
+    ),
+    (
+        "a password of no Redis",
+        None,
+        {"ray.redis.existingSecret": "redis"},
+        ("ray.redis.address: missing beside ray.redis.existingSecret",),
+    ),
+    (
+        "a test of a model that is not served",
+        None,
+        {"tests.chat": {"existingSecret": "key", "model": "gpt"}},
+        ("tests.chat.model: gpt: no such model; models has tiny-moe",),
+    ),
+    (
+        "no Ray token",
+        None,
+        {"secrets.ray.existingSecret": ""},
+        ("secrets.ray: neither existingSecret nor value",),
+    ),
+    (
+        "a field that no pod has",
+        None,
+        {"ray.workerDefaults.podSpec": {"priorityClasName": "high"}},
+        ("'/ray/workerDefaults/podSpec'", "priorityClasName"),
+    ),
+    (
+        "a digest that is none",
+        None,
+        {"images.ray.digest": "sha256:abc"},
+        ("'/images/ray/digest'", "does not match pattern"),
+    ),
+    (
+        "a budget that would block a drain",
+        None,
+        {"gateway.podDisruptionBudget.maxUnavailable": 0},
+        ("'/gateway/podDisruptionBudget/maxUnavailable'", "got 0, want 1"),
+    ),
+    (
         "too many workers",
         None,
         {"platform.gateway.workers": 65},
@@ -312,7 +508,13 @@ def test_the_commands_are_the_command_line_s_own(rendered: Rendered) -> None:
     }
     command, controller = flags("-controller")
     assert command == ["expertmesh", "controller"]
-    assert controller.keys() == {"-f", "--dashboard-url", "--store", "--host", "--port"}
+    assert controller.keys() == {
+        "-f", "--dashboard-url", "--store", "--host", "--port",
+        "--lease", "--ray-cluster", "--spot-notices", "--advertise",
+    }  # fmt: skip
+    assert controller["--lease"] == "kubernetes"
+    assert controller["--ray-cluster"] == rendered.one("RayCluster")["metadata"]["name"]
+    assert controller["--advertise"] == "http://$(POD_IP):8090"
     assert controller["--dashboard-url"] == "http://em-expertmesh-ray-head-svc:8265"
     assert controller["--port"] == "8090"
     for function, given in ((gateway_command, gateway), (controller_command, controller)):
@@ -376,7 +578,7 @@ def test_volumes_resolve_and_variables_are_unique(rendered: Rendered) -> None:
             variables = [variable["name"] for variable in container.get("env", [])]
             assert len(set(variables)) == len(variables), where
             for variable in container.get("env", []):
-                if "valueFrom" in variable:
+                if "secretKeyRef" in variable.get("valueFrom", {}):
                     name = variable["valueFrom"]["secretKeyRef"]["name"]
                     assert name in secrets | EXTERNAL_SECRETS, where
 
@@ -389,11 +591,14 @@ def test_every_pod_runs_without_more_rights_than_it_needs(rendered: Rendered) ->
             assert security["allowPrivilegeEscalation"] is False, where
             assert security["capabilities"]["drop"] == ["ALL"], where
             assert "limits" in container["resources"], where
+            assert spec["securityContext"]["runAsNonRoot"] is True, where
             if not where.startswith("Ray"):
                 assert security["readOnlyRootFilesystem"] is True, where
-                assert spec["securityContext"]["runAsNonRoot"] is True, where
-        # Only the head's autoscaler speaks to Kubernetes, with the account that KubeRay makes.
-        if where != "Ray head":
+                assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        # Controllers speak to Kubernetes, and the head's autoscaler with KubeRay's own account.
+        if where.endswith("-controller"):
+            assert spec["automountServiceAccountToken"] is True, where
+        elif where != "Ray head":
             assert spec["automountServiceAccountToken"] is False, where
 
 
@@ -502,7 +707,10 @@ def test_names_fit_and_leave_kuberay_s_own_free(release: str) -> None:
     }
     assert len(rendered.all("Secret")) == 2
     assert cluster not in taken
-    assert all(len(each["metadata"]["name"]) <= 63 for each in rendered.objects)
+    wide = ("ClusterRole", "ClusterRoleBinding")  # may have 253
+    assert all(
+        len(each["metadata"]["name"]) <= 63 for each in rendered.objects if each["kind"] not in wide
+    )
     dashboard = f"http://{cluster}-head-svc:8265"
     controller = rendered.one("Deployment", "-controller")["spec"]["template"]["spec"]
     assert dashboard in controller["containers"][0]["args"]
@@ -543,6 +751,8 @@ def test_a_store_secret_replaces_the_volume() -> None:
     for suffix in ("-gateway", "-controller"):
         spec = rendered.one("Deployment", suffix)["spec"]["template"]["spec"]
         assert "affinity" not in spec
+        (zone, host) = spec["topologySpreadConstraints"]
+        assert (zone["whenUnsatisfiable"], host["whenUnsatisfiable"]) == ("ScheduleAnyway",) * 2
         env = {each["name"]: each for each in spec["containers"][0]["env"]}
         assert env["EXPERTMESH_STORE_URL"]["valueFrom"] == {
             "secretKeyRef": {"name": "expertmesh-store", "key": "url"}

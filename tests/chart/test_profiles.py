@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.chart.rendering import PROFILES
+from tests.chart.rendering import PROFILES, REPOSITORY
 
 from expertmesh.core.domain.fleet import Parallelism
 from expertmesh.spec.load import System, load_system
@@ -13,7 +13,9 @@ from expertmesh.spec.load import System, load_system
 def loaded(values: Path, folder: Path) -> System:
     """As the controller reads them, in files as the chart writes them."""
     documents = yaml.safe_load(values.read_text())
-    platform, models = folder / "platform.yaml", folder / "models.yaml"
+    (folder / "models").symlink_to(REPOSITORY / "models")
+    (folder / "deployments").mkdir()
+    platform, models = (folder / "deployments" / f"{name}.yaml" for name in ("platform", "models"))
     platform.write_text(yaml.safe_dump({"kind": "Platform", **documents["platform"]}))
     models.write_text(yaml.safe_dump_all(documents["models"]))
     return load_system([platform, models])
@@ -35,7 +37,7 @@ def test_the_planner_has_rates_of_every_group_on_gpus(profile: Path, tmp_path: P
 
 
 def test_a_profile_is_checked_with_its_arguments(tmp_path: Path) -> None:
-    (profile,) = (file for file in PROFILES if file.stem == "h200-ib")
+    (profile,) = (file for file in PROFILES if file.stem == "h200-gke")
     documents = yaml.safe_load(profile.read_text())
     documents["models"][0]["engine"] = {
         "all2all_backend": "deepep_low_latency",
@@ -48,7 +50,7 @@ def test_a_profile_is_checked_with_its_arguments(tmp_path: Path) -> None:
 
 
 def test_two_nodes_of_h200_hold_a_group(tmp_path: Path) -> None:
-    (profile,) = (file for file in PROFILES if file.stem == "h200-ib")
+    (profile,) = (file for file in PROFILES if file.stem == "h200-gke")
     (model,) = loaded(profile, tmp_path).models
     assert {option.parallelism for option in model.options} == {Parallelism(1, 16, 16)}
     assert min(option.rates.in_flight for option in model.options) > 100

@@ -80,7 +80,7 @@ def test_a_waiting_group_brings_up_nodes_of_its_pool(pool: str, expected: dict[s
 
 @pytest.mark.parametrize("pool", ["h200-od", "h200-spot"])
 def test_a_group_of_sixteen_accelerators_brings_up_two_nodes_of_eight(pool: str) -> None:
-    (profile,) = (each for each in PROFILES if each.stem == "h200-ib")
+    (profile,) = (each for each in PROFILES if each.stem == "h200-gke")
     launched, fits = nodes_launched_for(
         autoscaling_config(render(profile=profile)),
         pool=pool,

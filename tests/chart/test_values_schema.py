@@ -56,13 +56,15 @@ def test_values_yaml_spells_out_every_key_of_the_chart() -> None:
     visit("", schema, effective_values())
     optional_of_pods = {
         "affinity", "annotations", "env", "labels", "nodeSelector", "tolerations", "volumes",
-        "volumeMounts", "idleTimeoutSeconds",
+        "volumeMounts", "idleTimeoutSeconds", "image", "podSpec",
+        "spotTerminationGracePeriodSeconds",
     }  # fmt: skip
     assert [
         key
         for key in missing
         if not (key.startswith(".ray.") and key.rsplit(".", 1)[1] in optional_of_pods)
-        and not key.endswith((".requests", ".limits"))
+        and not key.endswith((".requests", ".limits", ".claims"))
+        and not key.startswith((".gateway.httpRoute.timeouts.", ".ray.workerDefaults.podSpec."))
     ] == []
 
 

@@ -6,7 +6,7 @@ from tests.controller.fake_serve import Clock, FakeServe
 from tests.controller.memory_store import MemoryJournal, MemoryLedger
 from tests.core.scaling.world import EP2, config, pool
 
-from expertmesh.controller.configs import served_model
+from expertmesh.controller.configs import Shared, served_model
 from expertmesh.controller.loop import Controller, ControllerParts
 from expertmesh.core.domain.deployment import ModelDeployment, Tariff
 from expertmesh.core.domain.fleet import Fleet, GroupState
@@ -69,8 +69,14 @@ def deployment_of(scaling: ScalingConfig) -> ModelDeployment:
 
 
 class RunningSystem:
-    def __init__(self, *configs: ScalingConfig, pools: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        *configs: ScalingConfig,
+        pools: dict[str, int] | None = None,
+        usd_per_hour_budget: float | None = None,
+    ) -> None:
         self.configs = configs or (two_pools(min_groups=1),)
+        self.usd_per_hour_budget = usd_per_hour_budget
         self.clock = Clock()
         self.serve = FakeServe(self.clock, pools or {"cheap": 2, "dear": 2})
         self.journal = MemoryJournal()
@@ -88,7 +94,11 @@ class RunningSystem:
             self.serve, self.serve, self.journal, self.ledger, self.clock, notices=self.serve
         )
         return Controller(
-            parts, self.configs, [served_model(deployment_of(c)) for c in self.configs], Timing()
+            parts,
+            self.configs,
+            [served_model(deployment_of(c)) for c in self.configs],
+            Timing(),
+            Shared(usd_per_hour_budget=self.usd_per_hour_budget),
         )
 
     def restart_controller(self, *configs: ScalingConfig, after_s: float = 1.0) -> None:

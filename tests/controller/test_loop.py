@@ -1,5 +1,6 @@
 import asyncio
 from dataclasses import replace
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -440,10 +441,24 @@ async def test_a_gang_that_ray_cannot_place_is_shown_as_pending() -> None:
 async def test_a_failed_start_backs_off_and_another_pool_is_tried() -> None:
     system = RunningSystem()
     system.serve.failing_pools = {"cheap"}
-    await system.pass_s(30)
-    assert system.states() == {SECOND: "ready"}
+    await system.pass_s(28)
+    assert system.gateway.ready() == [SECOND]
     assert system.actions()[:3] == [("start", FIRST), ("remove", FIRST), ("start", SECOND)]
     assert any("the engine died while starting" in reason for reason in system.reasons)
+    # The cheaper pool is tried again, after longer and longer times, while the other one serves.
+    failures_s = []
+    for _ in range(300):
+        await system.pass_s(1)
+        assert system.gateway.ready() == [SECOND]
+        state = system.recorded_state()
+        if "cheap" in state.backoff and state.backoff["cheap"].until_s not in failures_s:
+            failures_s.append(state.backoff["cheap"].until_s)
+    gaps_s = [later - earlier for earlier, later in pairwise(failures_s)]
+    assert len(gaps_s) >= 3
+    assert gaps_s == sorted(gaps_s) and gaps_s[-1] > 80
+    system.serve.failing_pools = set()
+    await system.pass_s(200)
+    assert [name.startswith("em-tiny-cheap-") for name in system.states()] == [True]
 
 
 async def test_a_ray_cluster_that_was_started_anew_gets_its_groups_back() -> None:
@@ -728,14 +743,18 @@ async def test_groups_of_a_model_without_a_manifest_are_drained_and_removed() ->
     system.restart_controller(other)
     await system.pass_s(4)
     assert system.states()[FIRST] == "ready", "not before the gateways had time to report"
-    await system.pass_s(30)
-    assert list(system.states()) == ["em-other-dear-1"]
+    await system.pass_s(12)
+    assert FIRST not in system.states()
+    assert system.states()["em-other-dear-1"] == "ready"
     assert "tiny" not in system.controller.summaries()
+    # The cheaper pool has room now.
+    await system.pass_s(40)
+    assert system.states() == {"em-other-cheap-2": "ready"}
 
 
 async def test_a_changed_manifest_does_not_restart_running_groups() -> None:
     system = await with_one_group()
-    changed = replace(two_pools(min_groups=1), max_model_len=512, engine={"seed": 7})
+    changed = replace(two_pools(min_groups=1), max_model_len=512)
     system.restart_controller(changed)
     await system.pass_s(15)
     assert system.serve.apps[FIRST].restarts == 0
@@ -753,11 +772,65 @@ async def test_two_models_share_the_room() -> None:
     tiny = two_pools(min_groups=1)
     system = RunningSystem(tiny, other_model(two_pools(min_groups=2), "other"))
     await system.pass_s(14)
-    assert system.states() == {"em-other-cheap-1": "ready", "em-other-dear-2": "ready"}
-    assert system.pending() == (
-        "pending: no room in pool cheap (0 of 2 workers free), "
-        "no room in pool dear (0 of 2 workers free)"
+    assert system.states() == {"em-other-cheap-1": "ready", "em-tiny-dear-1": "ready"}
+    pending = system.controller.summaries()["other"]["pending"]
+    assert pending is not None
+    assert "of 2 workers in pool dear tiny (priority 0) has 2" in pending
+    assert len(system.serve.puts) == 1
+
+
+async def test_a_model_of_higher_priority_gets_the_room_of_another() -> None:
+    low = two_pools(min_groups=2)
+    high = other_model(two_pools(min_groups=1, priority=5), "high")
+    system = RunningSystem(low)
+    await system.pass_s(14)
+    assert system.states() == {FIRST: "ready", SECOND: "ready"}
+    system.restart_controller(low, high)
+    await system.pass_s(8)
+    assert list(system.states().values()).count("draining") == 1
+    assert "high" not in {app.spec.model for app in system.serve.apps.values()}
+    await system.pass_s(30)
+    ready = system.states()
+    assert sorted(name.rpartition("-")[0][:8] for name in ready) == ["em-high-", "em-tiny-"]
+    assert set(ready.values()) == {"ready"}
+    pending = system.pending()
+    assert pending is not None
+    assert "high (priority 5) has 2" in pending
+    assert any("it makes way" in reason for reason in system.reasons)
+    # And it stays like that.
+    puts = len(system.serve.puts)
+    await system.pass_s(100)
+    assert len(system.serve.puts) == puts
+
+
+async def test_equal_models_do_not_take_from_one_another() -> None:
+    first, second = two_pools(min_groups=2), other_model(two_pools(min_groups=2), "other")
+    system = RunningSystem(first)
+    await system.pass_s(14)
+    system.restart_controller(first, second)
+    await system.pass_s(60)
+    assert system.states() == {FIRST: "ready", SECOND: "ready"}
+    pending = system.controller.summaries()["other"]["pending"]
+    assert pending is not None
+    assert "tiny (priority 0) has 2" in pending
+
+
+async def test_the_platforms_budget_holds_for_all_models_together() -> None:
+    tiny, other = two_pools(min_groups=1), other_model(two_pools(min_groups=1), "other")
+    system = RunningSystem(tiny, other, usd_per_hour_budget=1.0)
+    for _ in range(30):
+        await system.pass_s(1)
+        fleet = system.controller.fleet
+        assert fleet is not None
+        assert sum(group.usd_per_hour for group in fleet.groups) <= 1.0
+    assert list(system.states()) == ["em-other-cheap-1"]
+    assert system.pending() is not None
+    assert "the platform's budget is $1.00/h, of which other (priority 0) has $0.60/h" in str(
+        system.pending()
     )
+    records = [read_record(e.payload) for e in system.journal.entries if e.kind == "decision"]
+    assert any(record.observation.grant is not None for record in records)
+    assert all(replay(record).equal for record in records)
 
 
 # Journal and ledger
@@ -837,7 +910,12 @@ async def test_metrics_tell_groups_demand_and_money() -> None:
     assert 'em_controller_groups{model="tiny",pool="cheap",state="ready"} 1.0' in text
     assert 'em_controller_desired_groups{model="tiny"} 2.0' in text
     assert 'em_controller_demand_requests{model="tiny"} 19.0' in text
-    assert 'em_controller_decisions_total{action="start",model="tiny"} 2.0' in text
+    starts = [
+        float(line.rpartition(" ")[2])
+        for line in text.splitlines()
+        if line.startswith('em_controller_decisions_total{model="tiny",action="start",binding=')
+    ]
+    assert sum(starts) == 2
     assert 'em_controller_spend_usd_per_hour{model="tiny",pool="dear"} 0.9' in text
     assert 'em_controller_group_start_seconds_count{model="tiny",pool="cheap"} 1.0' in text
     assert 'em_controller_gateway_report_age_seconds{gateway="g1"} 0.0' in text

@@ -290,7 +290,9 @@ async def test_usage_adds_up_and_is_cut_to_the_time_asked_for(admin: Admin) -> N
     assert Decimal(total["tariff_usd"]) == Decimal("0.0000296")
     # A minute of 0.3 $/h.
     assert Decimal(total["capacity_usd"]) == Decimal("0.005")
-    assert Decimal(total["attributed_usd"]) + Decimal(total["idle_usd"]) == Decimal("0.005")
+    parts = ("attributed_usd", "idle_usd", "starting_usd", "draining_usd", "idle_nodes_usd")
+    assert sum(Decimal(total[part]) for part in parts) == Decimal("0.005")
+    assert total["external_usd"] == "0.000000000"
 
     for since in (str(NOON_S + 10), "2026-01-01T12:00:10", "2026-01-01T13:00:10%2B01:00"):
         later = (await admin("GET", f"/usage?by=day&since={since}")).json()

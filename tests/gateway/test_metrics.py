@@ -102,7 +102,7 @@ def test_openmetrics_has_examples_for_whoever_accepts_it() -> None:
 def world() -> tuple[Any, Any, Any, Any, Any]:
     group = SimpleNamespace(model="m", pool="spot", in_flight=3)
     view = SimpleNamespace(
-        names=("m",), groups={"em-m-spot-1": group}, ejected_ranks=lambda: {"m": 2}
+        names=("m",), groups={"em-m-spot-1": group}, ejected_ranks=lambda: {"m": 2}, age_s=1.5
     )
     admission = SimpleNamespace(queued=lambda model: 5, queued_tokens=lambda model: 600)
     relay = SimpleNamespace(
@@ -124,6 +124,7 @@ def test_gauges_tell_how_it_stands_now() -> None:
     assert found["em_gateway_queued_requests"] == {("m",): 5.0}
     assert found["em_gateway_queued_tokens"] == {("m",): 600.0}
     assert found["em_gateway_open_requests"] == {(): 8.0}
+    assert found["em_gateway_fleet_age_seconds"] == {(): 1.5}
     assert found["em_gateway_held_streams"] == {("m",): 7.0}
     assert found["em_gateway_ejected_ranks"] == {("m",): 2.0}
     assert found["em_gateway_upstream_connections"] == {("idle",): 2.0, ("busy",): 3.0}

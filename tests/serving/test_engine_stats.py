@@ -84,9 +84,9 @@ def test_totals_are_of_what_the_engine_computed_itself(logger: PrometheusStatLog
     assert read_load() == EngineLoad()
     now = SchedulerStats(num_running_reqs=3, num_waiting_reqs=1, kv_cache_usage=0.5)
     logger.record(now, step((100, 60, 8), output=7, preempted=2), engine_idx=3)
-    assert read_load() == EngineLoad(3, 1, 0.5, 32, 7, 2)
+    assert read_load() == EngineLoad(3, 1, 0.5, 32, 7, 2, 68)
     logger.record(SchedulerStats(), step((50, 0, 0), output=1, preempted=0), engine_idx=3)
-    assert read_load() == EngineLoad(0, 0, 0.0, 82, 8, 2)
+    assert read_load() == EngineLoad(0, 0, 0.0, 82, 8, 2, 68)
 
 
 def test_an_engine_that_writes_nothing_reads_as_zero() -> None:

@@ -164,6 +164,16 @@ topologySpreadConstraints:
 {{- include "expertmesh.placement" $placement -}}
 {{- end -}}
 
+{{/* Of the workers of a pool: a spot node is gone before a default of minutes is over. */}}
+{{- define "expertmesh.graceSeconds" -}}
+{{- $defaults := .root.Values.ray.workerDefaults -}}
+{{- $own := index .root.Values.ray.workers .pool.name | default dict -}}
+{{- $usual := ternary $defaults.spotTerminationGracePeriodSeconds $defaults.terminationGracePeriodSeconds (eq .pool.market "spot") -}}
+{{- $given := "" -}}
+{{- if eq .pool.market "spot" -}}{{- $given = $own.spotTerminationGracePeriodSeconds -}}{{- end -}}
+{{- $own.terminationGracePeriodSeconds | default $given | default $usual -}}
+{{- end -}}
+
 {{- define "expertmesh.modelClaim" -}}
 {{- .Values.modelCache.claim.existingClaim | default (printf "%s-models" (include "expertmesh.fullname" .)) -}}
 {{- end -}}

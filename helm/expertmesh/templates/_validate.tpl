@@ -65,6 +65,7 @@
       {{- fail (printf "%s.external.%d.pool: %s: is no external pool; put it under pools" $where $place $external.pool) -}}
     {{- end -}}
   {{- end -}}
+  {{- include "expertmesh.validateGroups" (dict "index" $index "model" $model "pools" $pools) -}}
 {{- end -}}
 {{- range $index, $model := .Values.models -}}
   {{- range $place, $alias := $model.aliases -}}
@@ -86,6 +87,58 @@
 {{- range $pool, $_ := .Values.ray.workers -}}
   {{- if not (hasKey $pools $pool) -}}
     {{- fail (printf "ray.workers.%s: no such pool; platform.pools has %s" $pool $known) -}}
+  {{- end -}}
+{{- end -}}
+{{- range $pool := .Values.platform.pools -}}
+  {{- if ne $pool.market "external" -}}
+    {{- $workers := mergeOverwrite (deepCopy $.Values.ray.workerDefaults) (deepCopy (index $.Values.ray.workers $pool.name | default dict)) -}}
+    {{- include "expertmesh.validateMarket" (dict "pool" $pool "workers" $workers "graceSeconds" (include "expertmesh.graceSeconds" (dict "root" $ "pool" $pool))) -}}
+    {{- range $volume := $workers.volumes -}}
+      {{- if has $volume.name (list "dshm" "model-cache" "compiled") -}}
+        {{- fail (printf "ray.workers.%s.volumes: %s: the chart has a volume of this name; rename yours" $pool.name $volume.name) -}}
+      {{- end -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- $ports := dict "8265" "Ray's dashboard" -}}
+{{- range $service := list "gateway" "controller" -}}
+  {{- $port := (index $.Values.platform $service).port | toString -}}
+  {{- with get $ports $port -}}
+    {{- fail (printf "platform.%s.port: %s: is that of %s; choose another one" $service $port .) -}}
+  {{- end -}}
+  {{- $_ := set $ports $port (printf "the %s" $service) -}}
+{{- end -}}
+{{- $scaling := .Values.gateway.autoscaling -}}
+{{- if $scaling.enabled -}}
+  {{- if gt (int $scaling.minReplicas) (int $scaling.maxReplicas) -}}
+    {{- fail (printf "gateway.autoscaling: minReplicas %d is above maxReplicas %d; lower minReplicas or raise maxReplicas" (int $scaling.minReplicas) (int $scaling.maxReplicas)) -}}
+  {{- end -}}
+  {{- if not (or $scaling.queuedRequests $scaling.openRequests $scaling.cpuPercent) -}}
+    {{- fail "gateway.autoscaling: nothing to scale by; set queuedRequests, openRequests or cpuPercent above 0" -}}
+  {{- end -}}
+  {{- if and $scaling.cpuPercent (not (dig "requests" "cpu" "" .Values.gateway.resources)) -}}
+    {{- fail "gateway.autoscaling.cpuPercent: is a share of gateway.resources.requests.cpu, which is missing; set it" -}}
+  {{- end -}}
+{{- end -}}
+{{- if and .Values.gateway.ingress.enabled (not .Values.gateway.ingress.hosts) -}}
+  {{- fail "gateway.ingress.hosts: missing; write at least one, e.g. [{host: llm.example.com, path: /}]" -}}
+{{- end -}}
+{{- if and .Values.gateway.httpRoute.enabled (not .Values.gateway.httpRoute.parentRefs) -}}
+  {{- fail "gateway.httpRoute.parentRefs: missing; name the Gateway, e.g. [{name: public, namespace: gateways}]" -}}
+{{- end -}}
+{{- $cluster := include "expertmesh.rayCluster" . -}}
+{{- if gt (len $cluster) 50 -}}
+  {{- fail (printf "nameOverride: the RayCluster would be called %s, %d characters of at most 50; shorten nameOverride" $cluster (len $cluster)) -}}
+{{- end -}}
+{{- if not (regexMatch "^[a-z]" $cluster) -}}
+  {{- fail (printf "nameOverride: the RayCluster would be called %s, and KubeRay wants a letter first; set nameOverride" $cluster) -}}
+{{- end -}}
+{{- if and .Values.ray.redis.existingSecret (not .Values.ray.redis.address) -}}
+  {{- fail "ray.redis.address: missing beside ray.redis.existingSecret; write host:port" -}}
+{{- end -}}
+{{- with .Values.tests.chat.model -}}
+  {{- if not (hasKey $models .) -}}
+    {{- fail (printf "tests.chat.model: %s: no such model; models has %s" . (keys $models | sortAlpha | join ", ")) -}}
   {{- end -}}
 {{- end -}}
 {{- if .Values.platform.store_url -}}

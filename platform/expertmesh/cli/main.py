@@ -8,6 +8,7 @@ from expertmesh.cli.explain import explain
 from expertmesh.cli.gateway import gateway
 from expertmesh.cli.keys import keys_app
 from expertmesh.cli.plan import plan
+from expertmesh.cli.replay import replay
 from expertmesh.cli.simulate import simulate
 from expertmesh.cli.status import status
 from expertmesh.cli.tenants import tenants_app
@@ -28,6 +29,7 @@ app.command()(status)
 app.command()(plan)
 app.command()(simulate)
 app.command()(explain)
+app.command()(replay)
 app.command()(usage)
 app.add_typer(tenants_app, name="tenants")
 app.add_typer(keys_app, name="keys")

@@ -1,21 +1,30 @@
-"""`expertmesh status`: fleet, queue and cost as a live table."""
+"""`expertmesh status`: fleet, queue, cost and the last decisions as a live view."""
 
 import asyncio
+import json
+import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import aiohttp
+import msgspec
 import typer
-from rich import box
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 
 from expertmesh.cli.controller import read_token
 from expertmesh.cli.run import run_command
-from expertmesh.errors import SetupError
-from expertmesh.launch.controller_view import ControllerView, FleetView
+from expertmesh.cli.status_view import render_status
+from expertmesh.controller.console_access import console_link
+from expertmesh.controller.overview import Overview
+from expertmesh.errors import SetupError, UpstreamUnavailable
+from expertmesh.launch.controller_view import ControllerView
+
+_EVERY_S = 1.0
+_PIPE_WIDTH = 200
+"""A table in a pipe keeps its lines whole."""
 
 
 def status(
@@ -23,13 +32,93 @@ def status(
         str, typer.Option(help="Where the controller listens.")
     ] = "http://127.0.0.1:8090",
     platform: Annotated[str, typer.Option(help="Name of the platform, for its token.")] = "local",
-    once: Annotated[bool, typer.Option("--once", help="Print once and end.")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="Print once and end; always so in a pipe.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it once, as JSON.")] = False,
+    link: Annotated[
+        bool,
+        typer.Option("--link", help="Print a link that opens the web console once, and end."),
+    ] = False,
 ) -> None:
-    """Show groups, queue and cost; refreshes each second until Ctrl-C."""
-    run_command(lambda: _status(controller_url, platform, once))
+    """Show groups, queue, cost and decisions; refreshes each second until Ctrl-C."""
+    if sum((once, as_json, link)) > 1:
+        raise typer.BadParameter("--once, --json and --link: choose one of them")
+    token = _token(platform) if link else ""
+    if link:
+        typer.echo(console_link(controller_url.rstrip("/"), token, time.time()))
+        return
+    run_command(lambda: _status(controller_url.rstrip("/"), platform, once, as_json))
 
 
-async def _status(controller_url: str, platform: str, once: bool) -> None:
+async def _status(controller_url: str, platform: str, once: bool, as_json: bool) -> None:
+    async with aiohttp.ClientSession() as http:
+        source = _Source(http, controller_url, _token(platform))
+        answer = await source.read()
+        if as_json:
+            typer.echo(json.dumps(msgspec.to_builtins(answer), indent=2))
+            return
+        terminal = sys.stdout.isatty()
+        if once or not terminal:
+            Console(width=None if terminal else _PIPE_WIDTH).print(
+                render_status(answer.overview, answer.note)
+            )
+            return
+        await _watch(source, answer)
+
+
+async def _watch(source: "_Source", answer: "Answer") -> None:
+    heard_at_s = time.monotonic()
+    note, silent_s = answer.note, None
+    with Live(auto_refresh=False, screen=False) as live:
+        while True:
+            live.update(render_status(answer.overview, note, silent_s), refresh=True)
+            await asyncio.sleep(_EVERY_S)
+            try:
+                answer = await source.read()
+            except UpstreamUnavailable as error:
+                note, silent_s = str(error), time.monotonic() - heard_at_s
+            else:
+                heard_at_s = time.monotonic()
+                note, silent_s = answer.note, None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    controller: str
+    """URL of the one that answered."""
+    note: str
+    """When that is another one than was asked; else empty."""
+    overview: Overview
+
+
+class _Source:
+    def __init__(self, http: aiohttp.ClientSession, url: str, token: str) -> None:
+        self._http = http
+        self._url = url
+        self._token = token
+
+    async def read(self) -> Answer:
+        """Of the leader, where the asked controller follows and its leader answers.
+
+        Raises UpstreamUnavailable.
+        """
+        asked = await self._ask(self._url)
+        leader = asked.state.leader_url
+        if asked.state.leads or leader is None:
+            return Answer(self._url, "", asked)
+        told = f"{self._url} follows {leader}"
+        try:
+            answered = await self._ask(leader)
+        except UpstreamUnavailable as error:
+            return Answer(self._url, f"{told}, which cannot be asked: {error}", asked)
+        return Answer(leader, f"{told}; this is what the leader says", answered)
+
+    async def _ask(self, url: str) -> Overview:
+        return await ControllerView(self._http, url, self._token).overview()
+
+
+def _token(platform: str) -> str:
     token = read_token(
         "EXPERTMESH_MESH_TOKEN", Path.cwd() / ".expertmesh" / platform / "mesh_token"
     )
@@ -38,47 +127,4 @@ async def _status(controller_url: str, platform: str, once: bool) -> None:
             "EXPERTMESH_MESH_TOKEN: not set, and this folder holds none; "
             "run the command where `expertmesh up` runs, or set it"
         )
-    async with aiohttp.ClientSession() as http:
-        view = ControllerView(http, controller_url, token)
-        if once:
-            Console().print(render(await view.fleet(), time.time()))
-            return
-        with Live(auto_refresh=False) as live:
-            while True:
-                live.update(render(await view.fleet(), time.time()), refresh=True)
-                await asyncio.sleep(1)
-
-
-def render(fleet: FleetView, now_s: float) -> Group:
-    groups = Table(box=box.SIMPLE_HEAD, title=f"fleet, version {fleet.version}")
-    for header in ("group", "pool", "state", "ranks", "$/h", "note"):
-        groups.add_column(header, justify="right" if header == "$/h" else "left")
-    for group in fleet.groups:
-        note = group.message
-        if not note and group.expected_ready_at_s is not None:
-            note = f"ready in about {max(0.0, group.expected_ready_at_s - now_s):.0f} s"
-        groups.add_row(
-            group.name,
-            group.pool,
-            group.state.value,
-            f"{len(group.ranks)}/{group.world_size}",
-            f"{group.usd_per_hour:.2f}",
-            note,
-        )
-    models = Table(box=box.SIMPLE_HEAD)
-    for header in ("model", "queued", "running", "groups wanted", "$/h", "last decision"):
-        models.add_column(header)
-    for name, decision in fleet.decisions.items():
-        spend = sum(group.usd_per_hour for group in fleet.groups if group.model == name)
-        reason = decision.reason
-        if decision.pending and decision.pending not in reason:
-            reason = f"{reason} ({decision.pending})"
-        models.add_row(
-            name,
-            str(decision.queued),
-            str(decision.running),
-            str(decision.wanted),
-            f"{spend:.2f}",
-            reason,
-        )
-    return Group(groups, models)
+    return token

@@ -54,6 +54,7 @@ class ControllerView(Protocol):
     def exchange(self, report: GatewayReport) -> Fleet | None: ...
     def summaries(self) -> dict[str, dict[str, Any]]: ...
     async def decisions(self, limit: int, model: str | None) -> list[dict[str, Any]]: ...
+    async def explained(self, seq: int) -> dict[str, Any] | None: ...
     def doing(self) -> dict[str, GroupDoing]: ...
     def flows(self) -> dict[str, Flow]: ...
     def not_ready(self) -> dict[str, str]: ...
@@ -73,6 +74,7 @@ def build_api(
     app.router.add_post("/v1/exchange", api.exchange)
     app.router.add_get("/v1/fleet", api.fleet)
     app.router.add_get("/v1/decisions", api.decisions)
+    app.router.add_get("/v1/decisions/{seq}", api.decision)
     app.router.add_get("/metrics", api.metrics)
     app.router.add_get("/healthz", api.healthz)
     app.router.add_get("/readyz", api.readyz)
@@ -167,6 +169,18 @@ class _Api:
             return _error(400, "bad_limit", f"limit={text!r}: write 1 to {_DECISIONS_LIMIT}")
         found = await self._controller.decisions(int(text), request.query.get("model"))
         return web.Response(body=msgspec.json.encode({"decisions": found}), content_type=_JSON)
+
+    async def decision(self, request: web.Request) -> web.Response:
+        """One decision explained: what it saw, the candidates, and what became of it."""
+        text = request.match_info["seq"]
+        if not (text.isascii() and text.isdigit() and 1 <= int(text[:18]) <= _LARGEST):
+            return _error(400, "bad_number", f"{text!r}: write the number of a decision")
+        found = await self._controller.explained(int(text))
+        if found is None:
+            return _error(
+                404, "no_such_decision", f"{text}: no such decision; see GET /v1/decisions"
+            )
+        return web.Response(body=msgspec.json.encode(found), content_type=_JSON)
 
     async def metrics(self, request: web.Request) -> web.Response:
         return web.Response(

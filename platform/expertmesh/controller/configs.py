@@ -1,11 +1,27 @@
 """From manifests to what the scaling core and the gateways need of them."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from expertmesh.core.domain.accelerator import Accelerator
 from expertmesh.core.domain.deployment import ModelDeployment, ScalingRules
 from expertmesh.core.domain.fleet import ServedModel
 from expertmesh.core.domain.hardware import Pool
 from expertmesh.core.scaling.contract import ScalingConfig, Timing
 
 _RETIRED_DRAIN_DEADLINE_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the models have in common."""
+
+    pools: tuple[Pool, ...] = ()
+    """Those with nodes."""
+    usd_per_hour_budget: float | None = None
+    """Of all models together."""
+    accelerators: Mapping[str, Accelerator] = field(default_factory=dict)
+    """By name and alias."""
 
 
 def scaling_config(

@@ -15,13 +15,23 @@ import msgspec
 from aiohttp import web
 
 from expertmesh.controller.console_access import ConsoleAccess
+from expertmesh.controller.newest_decisions import NewestDecisions
+from expertmesh.controller.overview import ControllerState, Overview
 from expertmesh.controller.picture import ExpertHeat, Picture
 from expertmesh.controller.today import Today
+from expertmesh.core.scaling.contract import Decision
+from expertmesh.core.scaling.replay import DecisionRecord
+from expertmesh.core.scaling.what_if import KEYS, changed
 from expertmesh.errors import ExpertMeshError
 
 PREFIX: Final = "/console"
 _API: Final = f"{PREFIX}/api"
-_FILES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_FILES: Final = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 _BODY_LIMIT_BYTES: Final = 16_384
 _STREAMS: Final = 64
 """Pages that may look on at once."""
@@ -29,8 +39,10 @@ _EVERY_S: Final = 1.0
 _HEAT_EVERY: Final = 5
 """Turns between two pictures of the experts; ranks count them as often."""
 _ADMIT_AGAIN_S: Final = 30.0
-_DECISIONS: Final = 50
+_SETTINGS: Final = 30
+_SETTING_LENGTH: Final = 200
 _JSON: Final = "application/json"
+_SEQ: Final = "{seq:[0-9]{1,15}}"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -41,6 +53,8 @@ class ConsoleView(Protocol):
     def picture(self) -> Picture | None: ...
     def heat(self) -> dict[str, ExpertHeat]: ...
     async def decisions(self, limit: int, model: str | None) -> list[dict[str, Any]]: ...
+    async def explained(self, seq: int) -> dict[str, Any] | None: ...
+    async def last_record(self, model: str) -> DecisionRecord | None: ...
     def not_ready(self) -> dict[str, str]: ...
     def is_stuck(self) -> bool: ...
 
@@ -79,6 +93,8 @@ class Console:
         self._today = today
         self._role = role
         self._now_s = now_s
+        self._decisions = NewestDecisions(view.decisions, now_s)
+        self._deciding = asyncio.Lock()
         self._streams = 0
         self._ending = asyncio.Event()
         self._files = _read_files()
@@ -89,7 +105,11 @@ class Console:
         app.router.add_get(PREFIX, self._redirect)
         app.router.add_get(f"{PREFIX}/", self._file)
         app.router.add_post(f"{_API}/session", self._enter)
+        app.router.add_get(f"{_API}/overview", self._admitted(self._overview))
         app.router.add_get(f"{_API}/stream", self._admitted(self._stream))
+        app.router.add_get(f"{_API}/decisions/{_SEQ}", self._admitted(self._explained))
+        app.router.add_get(f"{_API}/what-if", self._admitted(self._what_can_change))
+        app.router.add_post(f"{_API}/what-if", self._admitted(self._what_if))
         app.router.add_get(f"{PREFIX}/{{name}}", self._file)
         app.on_shutdown.append(self._end)
 
@@ -167,15 +187,16 @@ class Console:
                     await response.write(_event("ended", b"{}"))
                     return
                 admitted_at_s = self._now_s()
-            events = {"state": self._state()}
+            events: dict[str, Any] = {"state": self._state()}
             if turn % _HEAT_EVERY == 0:
                 events["heat"] = self._view.heat()
-            events["decisions"] = await _or_error(self._view.decisions(_DECISIONS, None))
+            events["decisions"] = await _or_error(self._decisions.read())
             if self._today is not None:
                 events["today"] = await _or_error(self._today.read())
             for name, value in events.items():
                 data = msgspec.json.encode(value)
-                if sent.get(name) != data:
+                # The state also says that the controller is there.
+                if name == "state" or sent.get(name) != data:
                     await response.write(_event(name, data))
                     sent[name] = data
             turn += 1
@@ -185,19 +206,58 @@ class Console:
             except TimeoutError:
                 continue
 
-    def _state(self) -> dict[str, Any]:
-        picture = self._view.picture()
-        role = self._role
-        return {
-            "at_s": self._now_s(),
-            "platform": self._name,
-            "gateway_url": self._gateway_url,
-            "problems": self._view.not_ready(),
-            "stuck": self._view.is_stuck(),
-            "leads": role is None or role.leads,
-            "leader_url": None if role is None or role.leads else role.leader_url,
-            "picture": picture,
-        }
+    async def _explained(self, request: web.Request) -> web.StreamResponse:
+        seq = int(request.match_info["seq"])
+        found = await self._view.explained(seq)
+        if found is None:
+            return _error(404, "no_such_decision", f"decision {seq} cannot be explained")
+        return _json(found)
+
+    async def _what_can_change(self, request: web.Request) -> web.StreamResponse:
+        return _json({"keys": KEYS})
+
+    async def _what_if(self, request: web.Request) -> web.StreamResponse:
+        """The newest recorded decision of a model, decided again with settings as `queue=2x`."""
+        body = await _body(request) or {}
+        model, settings = body.get("model"), _settings(body.get("settings"))
+        if not isinstance(model, str) or settings is None:
+            return _error(
+                400, "bad_request", 'send {"model": "…", "settings": ["queue=2x", …]}, not too long'
+            )
+        record = await self._view.last_record(model)
+        if record is None:
+            return _error(404, "no_decision", f"{model[:_SETTING_LENGTH]}: no decision is recorded")
+        try:
+            async with self._deciding:
+                after = await asyncio.to_thread(changed, record, *settings)
+        except ValueError as error:
+            return _error(400, "bad_setting", str(error))
+        return _json(
+            {
+                "at_s": record.now_s,
+                "before": _gist(record.decision),
+                "after": _gist(after.decision),
+            }
+        )
+
+    async def _overview(self, request: web.Request) -> web.StreamResponse:
+        """All of it at once."""
+        today = None if self._today is None else await _or_error(self._today.read())
+        decisions = await _or_error(self._decisions.read())
+        return _json(Overview(self._state(), decisions, today, self._view.heat()))
+
+    def _state(self) -> ControllerState:
+        leads = self._role is None or self._role.leads
+        return ControllerState(
+            at_s=self._now_s(),
+            platform=self._name,
+            gateway_url=self._gateway_url,
+            problems=self._view.not_ready(),
+            stuck=self._view.is_stuck(),
+            leads=leads,
+            leader_url=None if self._role is None or leads else self._role.leader_url,
+            picture=self._view.picture(),
+        )
 
 
 _HEADERS: Final = {
@@ -224,6 +284,26 @@ def _read_files() -> dict[str, bytes]:
         file.name: file.read_bytes()
         for file in folder.iterdir()
         if PurePosixPath(file.name).suffix in _FILES
+    }
+
+
+def _settings(given: Any) -> tuple[str, ...] | None:
+    if not isinstance(given, list) or len(given) > _SETTINGS:
+        return None
+    texts = tuple(one for one in given if isinstance(one, str) and len(one) <= _SETTING_LENGTH)
+    return texts if len(texts) == len(given) else None
+
+
+def _gist(decision: Decision) -> dict[str, Any]:
+    return {
+        "reason": decision.reason,
+        "need": decision.need,
+        "wanted": decision.state.wanted,
+        "target": {option: n for option, n in decision.target.items() if n},
+        "binding": decision.binding.value,
+        "pending": decision.pending,
+        "actions": [f"{one.kind.value} {one.group}: {one.why}" for one in decision.actions],
+        "advice": [f"{one.kind.value} {one.group}: {one.why}" for one in decision.advice],
     }
 
 

@@ -191,9 +191,7 @@ def _flow(recent: Recent[GatewayReport], model: str) -> Flow | None:
             before.uncached_prompt_tokens_total, after.uncached_prompt_tokens_total, span_s
         ),
         output_tokens_per_s=rate(before.output_tokens_total, after.output_tokens_total, span_s),
-        external_per_s=rate(
-            before.external_requests_total, after.external_requests_total, span_s
-        ),
+        external_per_s=rate(before.external_requests_total, after.external_requests_total, span_s),
         external_prompt_tokens_per_s=rate(
             before.external_prompt_tokens_total, after.external_prompt_tokens_total, span_s
         ),

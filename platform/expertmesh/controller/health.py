@@ -31,6 +31,10 @@ class StepHealth:
             _log.error("%s failed: %s", step, error)
         self._failing[step] = _Failing((known.count if known else 0) + 1, error)
 
+    def failing(self) -> dict[str, int]:
+        """By step, failures in a row."""
+        return {step: failing.count for step, failing in sorted(self._failing.items())}
+
     def repeated(self) -> dict[str, str]:
         return {
             step: f"failed {failing.count} times in a row: {failing.message}"

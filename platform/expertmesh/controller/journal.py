@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import msgspec
 
 from expertmesh.core.scaling.contract import Decision, ModelState
+from expertmesh.core.scaling.explanation import explain
 from expertmesh.core.scaling.replay import DecisionRecord, read_record
 
 _log = logging.getLogger(__name__)
@@ -17,6 +18,8 @@ STARTED = "controller started"
 _APPEND_TIMEOUT_S = 5.0
 QUIET_S = 60.0
 """A decision that changes nothing is recorded this often."""
+_LATER = 120
+"""Entries after a decision in which it is looked for what became of it."""
 
 
 class Entry(Protocol):
@@ -46,6 +49,7 @@ class DecisionJournal:
     def __init__(self, store: JournalStore) -> None:
         self._store = store
         self._written: dict[str, tuple[float, object]] = {}
+        self._explaining = asyncio.Lock()
 
     def is_due(self, record: DecisionRecord) -> bool:
         decision = record.decision
@@ -90,6 +94,31 @@ class DecisionJournal:
             if entry.kind == DECISION
         ]
 
+    async def explained(self, seq: int) -> dict[str, Any] | None:
+        """The explanation of a decision, with what became of it; None when there is no such
+        decision, or when another version wrote it in another form."""
+        entries = await self._store.read(after=seq - 1, limit=1)
+        found = next((e for e in entries if e.seq == seq and e.kind == DECISION), None)
+        record = _readable(found) if found is not None else None
+        if found is None or record is None:
+            return None
+        after = await self._store.read(after=seq, limit=_LATER, model=found.model)
+        later = [each for each in map(_readable, after) if each is not None]
+        # It decides a hundred times again: beside the loop, and only one at a time.
+        async with self._explaining:
+            explanation = await asyncio.to_thread(explain, record, later)
+        shown = msgspec.to_builtins(explanation)
+        return {"seq": seq, "at_s": found.at_s, **shown}
+
+
+def _readable(entry: Entry) -> DecisionRecord | None:
+    if entry.kind != DECISION:
+        return None
+    try:
+        return read_record(entry.payload)
+    except msgspec.ValidationError:
+        return None
+
 
 def _gist(decision: Decision) -> object:
     """What makes a decision worth recording when it differs."""
@@ -99,9 +128,12 @@ def _gist(decision: Decision) -> object:
 
 
 def _summary(entry: Entry) -> dict[str, Any]:
-    decision = entry.payload["decision"]
-    shown = {"seq": entry.seq, "at_s": entry.at_s, "model": entry.model}
-    for key in ("reason", "need", "pending", "demand", "actions", "transitions"):
-        shown[key] = decision[key]
-    shown["wanted"] = decision["state"]["wanted"]
-    return shown
+    shown: dict[str, Any] = {"seq": entry.seq, "at_s": entry.at_s, "model": entry.model}
+    record = _readable(entry)
+    if record is None:
+        # Another version wrote it: what it says of itself is still good.
+        return {**shown, "reason": entry.payload.get("decision", {}).get("reason", "")}
+    decision = record.decision
+    for key in ("reason", "need", "pending", "demand", "binding", "actions", "transitions"):
+        shown[key] = getattr(decision, key)
+    return {**shown, "wanted": decision.state.wanted}

@@ -20,6 +20,7 @@ from expertmesh.controller.picture import ExpertHeat, Picture
 from expertmesh.core.domain.fleet import Fleet
 from expertmesh.core.domain.traffic import GatewayReport
 from expertmesh.core.scaling.demand import Flow, GroupDoing
+from expertmesh.core.scaling.replay import DecisionRecord
 from expertmesh.errors import UpstreamUnavailable
 from expertmesh.telemetry import metrics as names
 
@@ -289,6 +290,12 @@ class Leadership:
     async def decisions(self, limit: int, model: str | None) -> list[dict[str, Any]]:
         """From the journal, so a follower answers too."""
         return await self._journal.newest(limit, model)
+
+    async def last_record(self, model: str) -> DecisionRecord | None:
+        return await self._journal.last(model)
+
+    async def explained(self, seq: int) -> dict[str, Any] | None:
+        return await self._journal.explained(seq)
 
     def not_ready(self) -> dict[str, str]:
         """A follower is ready when it could take over."""

@@ -13,14 +13,15 @@ from typing import Any, Protocol
 
 from expertmesh.clients.ray_serve import RayNode
 from expertmesh.controller.apply import Applier, ServeWriter
-from expertmesh.controller.configs import retired_config
+from expertmesh.controller.configs import Shared, retired_config
 from expertmesh.controller.fleet import FleetBoard
 from expertmesh.controller.gateways import GatewayBook
 from expertmesh.controller.health import StepHealth
-from expertmesh.controller.holds import CapacityKeeper, CapacityLedger
+from expertmesh.controller.holds import CapacityKeeper, CapacityLedger, option_rates
 from expertmesh.controller.journal import QUIET_S, DecisionJournal, JournalStore
 from expertmesh.controller.loads import EngineLoads, group_loads, groups_doing
 from expertmesh.controller.metrics import ControllerMetrics
+from expertmesh.controller.money import MoneyCounter, ReadUsage
 from expertmesh.controller.observe import (
     Observer,
     RankProbe,
@@ -34,10 +35,13 @@ from expertmesh.controller.picture import ExpertHeat, Picture, expert_heat, pict
 from expertmesh.core.domain.fleet import Fleet, GroupState, ServedModel
 from expertmesh.core.domain.traffic import GatewayReport
 from expertmesh.core.metering.capacity import CapacityHold
+from expertmesh.core.scaling.allocation import Bid, allocate, bid_of
+from expertmesh.core.scaling.capacity import capacity_workers
 from expertmesh.core.scaling.contract import (
     Decision,
     GroupRecord,
     ModelState,
+    Observation,
     ScalingConfig,
     Timing,
 )
@@ -51,6 +55,8 @@ _TURN_EVERY_S = 1.0
 _SHORTEST_TURN_S = 0.2
 _SETTLE_S = 5.0
 """Gateways report once a second: after this long every live one has been heard."""
+_NOTICES = "spot notices"
+_NOTICES_STEP = f"observe {_NOTICES}"
 _STUCK_AFTER_S = 120.0
 """A loop that has not turned for longer is taken for dead."""
 
@@ -68,8 +74,35 @@ class ControllerParts:
     now_s: Callable[[], float]
     """Unix time."""
     notices: SpotNotices | None = None
+    usage: ReadUsage | None = None
+    """The ledger's report, for metrics; None: they hold no cost by the ledger."""
     writer: ServeWriter | None = None
     """Where the wanted groups are written, if not through `serve` itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class _ModelTurn:
+    """One model in one turn of the loop."""
+
+    config: ScalingConfig
+    before: ModelState
+    observation: Observation
+    decision: Decision
+    bid: Bid
+
+    def again(self, observation: Observation, now_s: float) -> "_ModelTurn":
+        decision = decide(self.config, self.before, observation, now_s)
+        return replace(self, observation=observation, decision=decision)
+
+
+def _room(turns: Iterable[_ModelTurn]) -> dict[str, int | None]:
+    """By pool, workers that it can hold; None: not known."""
+    room: dict[str, int | None] = {}
+    for turn in turns:
+        seen = {pool.name: pool for pool in turn.observation.pools}
+        for pool in turn.config.pools:
+            room[pool.name] = capacity_workers(pool, seen.get(pool.name))
+    return room
 
 
 class Controller:
@@ -79,8 +112,11 @@ class Controller:
         configs: Iterable[ScalingConfig],
         models: Iterable[ServedModel],
         timing: Timing,
+        shared: Shared | None = None,
     ) -> None:
         self._now_s = parts.now_s
+        self._shared = shared = shared or Shared()
+        models = tuple(models)
         self._timing = timing
         self._configs = {config.model: config for config in configs}
         self._retired: set[str] = set()
@@ -103,7 +139,13 @@ class Controller:
         self._observer = Observer(parts.serve, parts.probe, parts.notices, parts.now_s)
         self._applier = Applier(parts.writer or parts.serve)
         self._journal = DecisionJournal(parts.journal)
-        self._keeper = CapacityKeeper(parts.ledger)
+        self._keeper = CapacityKeeper(
+            parts.ledger,
+            shared.pools,
+            models,
+            option_rates(self._configs),
+            shared.accelerators,
+        )
         self._gateways = GatewayBook(timing.gateway_forget_s)
         # Milliseconds: above every version of an earlier controller, which adds one a change.
         self._board = FleetBoard(models, first_version=int(self._started_at_s * 1000))
@@ -111,6 +153,11 @@ class Controller:
         self._doing: dict[str, GroupDoing] = {}
         self._health = StepHealth()
         self.metrics = ControllerMetrics()
+        self._money = (
+            None
+            if parts.usage is None
+            else MoneyCounter(parts.usage, self.metrics, self._started_at_s)
+        )
 
     # What the HTTP API asks
 
@@ -139,6 +186,12 @@ class Controller:
 
     async def decisions(self, limit: int, model: str | None) -> list[dict[str, Any]]:
         return await self._journal.newest(limit, model)
+
+    async def last_record(self, model: str) -> DecisionRecord | None:
+        return await self._journal.last(model)
+
+    async def explained(self, seq: int) -> dict[str, Any] | None:
+        return await self._journal.explained(seq)
 
     def summaries(self) -> dict[str, dict[str, Any]]:
         """The newest decision of each model, in a few words."""
@@ -183,6 +236,8 @@ class Controller:
     def not_ready(self) -> dict[str, str]:
         """By step, why the controller cannot do its work; empty when it can."""
         problems = self._health.repeated()
+        # A late notice is a loss without notice, which is coped with.
+        problems.pop(_NOTICES_STEP, None)
         if self._board.fleet is None:
             problems.setdefault("start", "no decision has been made yet")
         return problems
@@ -195,14 +250,20 @@ class Controller:
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop`; the groups stay as they are."""
         stopped = asyncio.create_task(stop.wait())
+        counting = asyncio.create_task(self._count_money())
         try:
             while not stop.is_set():
                 await self.turn()
                 await self._pause(stopped)
         finally:
             stopped.cancel()
+            counting.cancel()
             await self._applier.close()
             await self._step("capacity ledger", self._keeper.write(self._records(), self._now_s()))
+
+    async def _count_money(self) -> None:
+        if self._money is not None:
+            await self._money.run(self._now_s)
 
     async def turn(self) -> None:
         began_s = self._now_s()
@@ -219,6 +280,7 @@ class Controller:
             self._gateways.ages_s(self._turned_at_s),
             self._turned_at_s,
             max(0.0, self._turned_at_s - began_s),
+            self._health.failing(),
         )
 
     async def _turn(self) -> None:
@@ -230,7 +292,7 @@ class Controller:
         self._nodes = snapshot.nodes
         self.metrics.saw_ranks(snapshot.ranks.values())
         self._engine_loads.saw(snapshot.ranks, snapshot.answered_at_s)
-        for what in ("applications", "nodes", "placement groups", "spot notices"):
+        for what in ("applications", "nodes", "placement groups", _NOTICES):
             if what in snapshot.problems:
                 self._health.failed(f"observe {what}", snapshot.problems[what])
             else:
@@ -241,8 +303,9 @@ class Controller:
         self._gateways.forget_silent(now_s)
         latencies = self._gateways.latencies(now_s - self._timing.gateway_stale_s)
         self._doing = groups_doing(self._records(), self._engine_loads, latencies)
-        for model in sorted(self._configs):
-            await self._step(f"decide {model}", self._decide(self._configs[model], snapshot, now_s))
+        records = self._records()
+        self.metrics.saw_loads(records, group_loads(records, self._engine_loads, {}))
+        await self._decide_all(snapshot, now_s)
         self._drop_retired()
         self._engine_loads.keep({record.spec.name for record in self._records()})
         self._poked_for = {model for model in self._poked_for if self._still_waits(model)}
@@ -252,7 +315,9 @@ class Controller:
             await self._step(
                 "apply", self._applier.apply(self._states.values(), snapshot.applications, now_s)
             )
-        await self._step("capacity ledger", self._keeper.write(self._records(), now_s))
+        await self._step(
+            "capacity ledger", self._keeper.write(self._records(), now_s, snapshot.nodes)
+        )
 
     async def _restore(self) -> None:
         for model in self._configs:
@@ -295,7 +360,25 @@ class Controller:
             hold for name, hold in self._open_holds.items() if name not in held
         )
 
-    async def _decide(self, config: ScalingConfig, snapshot: Snapshot, now_s: float) -> None:
+    async def _decide_all(self, snapshot: Snapshot, now_s: float) -> None:
+        """Each model alone, from one picture of all; then what several of them want is shared out,
+        and those that get less than they want decide again."""
+        turns: list[_ModelTurn] = []
+        for model, config in sorted(self._configs.items()):
+
+            async def alone(config: ScalingConfig = config) -> None:
+                turns.append(self._decide_alone(config, snapshot, now_s))
+
+            await self._step(f"decide {model}", alone())
+        turns = self._shared_out(turns, now_s)
+        for turn in turns:
+            await self._step(f"decide {turn.config.model}", self._settle(turn, now_s))
+            if snapshot.applications is not None:
+                self._looked.add(turn.config.model)
+
+    def _decide_alone(
+        self, config: ScalingConfig, snapshot: Snapshot, now_s: float
+    ) -> "_ModelTurn":
         before = self._states[config.model]
         elsewhere = tuple(
             record
@@ -317,7 +400,24 @@ class Controller:
         )
         observation = observation_of(config, before, snapshot, around)
         decision = decide(config, before, observation, now_s)
-        record = DecisionRecord(now_s, config, before, observation, decision)
+        bid = bid_of(config, decision, observation, now_s)
+        return _ModelTurn(config, before, observation, decision, bid)
+
+    def _shared_out(self, turns: "list[_ModelTurn]", now_s: float) -> "list[_ModelTurn]":
+        budget = self._shared.usd_per_hour_budget
+        if len(turns) < 2 and budget is None:
+            return turns
+        grants = allocate([turn.bid for turn in turns], _room(turns), budget)
+        return [
+            turn
+            if (grant := grants[turn.config.model]) is None
+            else turn.again(replace(turn.observation, grant=grant), now_s)
+            for turn in turns
+        ]
+
+    async def _settle(self, turn: "_ModelTurn", now_s: float) -> None:
+        config, before, decision = turn.config, turn.before, turn.decision
+        record = DecisionRecord(now_s, config, before, turn.observation, decision)
         if self._journal.is_due(record):
             try:
                 seq = await self._journal.write(record)
@@ -326,17 +426,15 @@ class Controller:
             except Exception as error:
                 self._health.failed("journal", f"{type(error).__name__}: {error}")
                 # What cannot be recorded is not done; what was seen still counts.
-                observation = replace(observation, journal_writes=False)
-                decision = decide(config, before, observation, now_s)
+                unwritten = replace(turn.observation, journal_writes=False)
+                decision = turn.again(unwritten, now_s).decision
         self._take(decision, before, now_s)
-        if snapshot.applications is not None:
-            self._looked.add(config.model)
 
     def _take(self, decision: Decision, before: ModelState, now_s: float) -> None:
         self._states[decision.model] = decision.state
         self._last[decision.model] = decision
         self._decided_at_s[decision.model] = now_s
-        self.metrics.decided(decision, before)
+        self.metrics.decided(decision, before, self._configs.get(decision.model), now_s)
         gone = {step.group for step in decision.transitions if step.after is GroupState.GONE}
         for record in before.groups:
             if record.spec.name not in gone:
@@ -351,6 +449,7 @@ class Controller:
         for model in [model for model in self._retired if not self._states[model].groups]:
             self._retired.remove(model)
             self._looked.discard(model)
+            self.metrics.forget(model)
             for known in (self._configs, self._states, self._last, self._decided_at_s):
                 known.pop(model, None)
 

@@ -11,11 +11,12 @@ from expertmesh.core.scaling.contract import Decision, GroupRecord, ModelState, 
 from expertmesh.core.scaling.forecast import Forecaster
 from expertmesh.telemetry import metrics as names
 from expertmesh.telemetry.tally import Tally
-from expertmesh.telemetry.text import text
+from expertmesh.telemetry.text import TextWriter
 
 _SECONDS_PER_HOUR: Final = 3600.0
 _NANO_USD_PER_USD: Final = 10**9
 _UJ_PER_J: Final = 10**6
+_LOST: Final = GroupState.LOST.value
 _MOST_CHILDREN: Final = 60_000
 """Of one metric: each expert of a hundred large groups."""
 
@@ -46,6 +47,10 @@ class ControllerMetrics:
         self._expected_start = tally.gauge(names.CONTROLLER_EXPECTED_START)
         self._learned_ratio = tally.gauge(names.CONTROLLER_LEARNED_RATIO)
         self._zone_losses = tally.gauge(names.CONTROLLER_ZONE_LOSSES)
+        self._zone_avoided = tally.gauge(names.CONTROLLER_ZONE_AVOIDED)
+        # Targets
+        self._slo = tally.gauge(names.CONTROLLER_SLO)
+        self._wait_limit = tally.gauge(names.CONTROLLER_WAIT_LIMIT)
         # Money
         self._spend = tally.counter(names.CONTROLLER_SPEND)
         self._spend_rate = tally.gauge(names.CONTROLLER_SPEND_RATE)
@@ -56,7 +61,6 @@ class ControllerMetrics:
         self._price_time = tally.gauge(names.CONTROLLER_PRICE_TIME)
         self._external_price = tally.gauge(names.CONTROLLER_EXTERNAL_PRICE)
         self._cost = tally.counter(names.CONTROLLER_COST)
-        self._tariff = tally.counter(names.CONTROLLER_TARIFF)
         self._energy = tally.counter(names.CONTROLLER_ENERGY)
         self._money_time = tally.gauge(names.CONTROLLER_MONEY_TIME)
         # The loop
@@ -73,12 +77,13 @@ class ControllerMetrics:
         self._expert_tokens = tally.counter(names.EXPERT_TOKENS)
         self._rank_tokens = tally.counter(names.RANK_TOKENS)
         self._layer_imbalance = tally.gauge(names.LAYER_IMBALANCE)
+        self._writer = TextWriter()
         self._ranks = RankTotals()
         self._pool_of: dict[str, str] = {}
         self._spent_at_s: float | None = None
 
     def text(self) -> bytes:
-        return text(self._tally.snapshot(), self._tally.metrics)
+        return self._writer.plain(self._tally.snapshot(), self._tally.metrics)
 
     def decided(
         self,
@@ -124,7 +129,7 @@ class ControllerMetrics:
             *(self._desired, self._need, self._demand, self._queued, self._oldest_wait),
             *(self._predicted_wait, self._load, self._binding, self._target, self._advice),
             *(self._forecast_margin, self._expected_start, self._learned_ratio),
-            *(self._spent_today, self._budget_rate, self._budget_day, self._external_price),
+            *(self._slo, self._wait_limit, self._spent_today, self._budget_rate, self._budget_day, self._external_price),
         )
         for family in gauges:
             family.drop("model", model)
@@ -152,7 +157,7 @@ class ControllerMetrics:
         self._failing.clear()
         for step, count in (failing or {}).items():
             self._failing.labels(step).set(count)
-        self._loop.observe(duration_s)
+        self._loop.labels().observe(duration_s)
         self._keep_groups(records)
 
     def saw_ranks(self, ranks: Iterable[RankInfo | None]) -> None:
@@ -212,8 +217,6 @@ class ControllerMetrics:
             for part, nano_usd in parts.items():
                 if nano_usd:
                     self._cost.labels(model, pool, part).inc(nano_usd / _NANO_USD_PER_USD)
-            if row.tariff_usd:
-                self._tariff.labels(model, pool).inc(float(row.tariff_usd))
             if row.energy_uj:
                 self._energy.labels(model, pool).inc(row.energy_uj / _UJ_PER_J)
         self._money_time.labels().set(until_s)
@@ -241,7 +244,12 @@ class ControllerMetrics:
             self._budget_rate.labels(config.model).set(rules.usd_per_hour_budget)
         if rules.usd_per_day_budget is not None:
             self._budget_day.labels(config.model).set(rules.usd_per_day_budget)
+        self._slo.labels(config.model).set(config.slo.attainment)
+        self._wait_limit.labels(config.model).set(config.max_wait_s)
         for pool in config.pools:
+            # An increase can only be seen of a series that was there before.
+            for before in (GroupState.STARTING, GroupState.READY):
+                self._transitions.labels(config.model, pool.name, before.value, _LOST)
             if self._price.labels(pool.name).value != pool.usd_per_node_hour or not (
                 self._price_time.labels(pool.name).value
             ):
@@ -253,6 +261,7 @@ class ControllerMetrics:
             price(config.model, route.pool, "out").set(route.usd_per_mtok_out)
         for name, zone in state.zones.items():
             self._zone_losses.labels(name).set(zone.losses_per_hour(now_s))
+            self._zone_avoided.labels(name).set(not zone.is_admitted(now_s))
 
     def _count_groups(self, records: list[GroupRecord]) -> None:
         count = Count((r.spec.model, r.spec.pool, r.state.value) for r in records)

@@ -1,4 +1,4 @@
-"""What the ranks have done since the last look: they tell totals, which begin anew with a process."""
+"""What ranks have done since the last look: they tell totals, which begin anew with a process."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

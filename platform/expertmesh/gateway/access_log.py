@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -21,6 +22,8 @@ _FLUSH_BYTES = 64 * 1024
 _ATOMIC_BYTES = 4096
 """A pipe takes so much whole or not at all (PIPE_BUF), so lines of several workers do not mix."""
 _MOST_ERROR_CHARACTERS = 500
+_MOST_PATH_CHARACTERS = 200
+_SECRET = re.compile(r"sk-em-[^/]*")
 _CLOSE_PAUSE_S = 0.01
 _MOST_WAITING_BYTES = 8 * 1024 * 1024
 
@@ -33,6 +36,20 @@ class RefusalLine(msgspec.Struct, gc=False, frozen=True):
     endpoint: str
     status: int
     error: str
+
+
+class AdminLine(msgspec.Struct, gc=False, frozen=True):
+    """Of a request to the admin API; the audit log says what it changed."""
+
+    at: datetime
+    request_id: str
+    tenant: str
+    key_id: str
+    endpoint: str
+    method: str
+    path: str
+    status: int
+    duration_s: float
 
 
 class AccessLine(msgspec.Struct, gc=False, frozen=True):
@@ -91,7 +108,7 @@ class AccessLog:
         """Lines so far."""
         return self._dropped
 
-    def write(self, line: AccessLine | RefusalLine) -> None:
+    def write(self, line: AccessLine | AdminLine | RefusalLine) -> None:
         buffer = self._buffer
         self._encode_into(line, buffer, -1)
         buffer += b"\n"
@@ -101,6 +118,23 @@ class AccessLog:
     def refused(self, request_id: str, endpoint: str, status: int, error: str) -> None:
         error = error[:_MOST_ERROR_CHARACTERS]
         self.write(RefusalLine(datetime.now(UTC), request_id, endpoint, status, error))
+
+    def administered(
+        self,
+        request_id: str,
+        tenant: str,
+        key_id: str,
+        method: str,
+        path: str,
+        status: int,
+        duration_s: float,
+    ) -> None:
+        # Somebody may ask for a key by its secret instead of its id.
+        shown = _SECRET.sub("…", path)[:_MOST_PATH_CHARACTERS]
+        at = datetime.now(UTC)
+        self.write(
+            AdminLine(at, request_id, tenant, key_id, "admin", method, shown, status, duration_s)
+        )
 
     async def run(self) -> None:
         while True:

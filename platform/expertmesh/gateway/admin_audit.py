@@ -14,9 +14,11 @@ audit_log = logging.getLogger("expertmesh.gateway.audit")
 
 
 def audit(request: Request, action: str, target: str, **details: Any) -> None:
-    caller: Caller = request.scope["state"]["caller"]
+    state = request.scope["state"]
+    caller: Caller = state["caller"]
     line = {
         "at": datetime.now(UTC),
+        "request_id": state.get("request_id", ""),
         "by_key": caller.key_id,
         "by_tenant": caller.tenant,
         "action": action,

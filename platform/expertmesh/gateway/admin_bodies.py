@@ -258,7 +258,7 @@ class UsageRowOut(BaseModel):
     completion_tokens: int
     tariff_usd: ExactUsd
     capacity_usd: ExactUsd
-    """The sum of the five below."""
+    """Attributed, idle, starting, draining and idle nodes together."""
     attributed_usd: ExactUsd
     """What the requests cost, at our groups and at external providers."""
     idle_usd: ExactUsd

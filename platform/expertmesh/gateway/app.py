@@ -108,14 +108,16 @@ class Gateway:
 
     # The connection calls these.
 
-    def screen(self, request: Request) -> ApiError | None:
+    def screen(self, request: Request) -> ApiError | asyncio.Future[None] | None:
         endpoint = ENDPOINTS.get(request.path)
         if endpoint is None and not request.path.startswith(ADMIN_PATH):
             return self._wrong_path(request) or ApiError(
                 413, "This request has no use for a body of that size.", code="request_too_large"
             )
         caller = self._head_check(request, time.time())
-        return caller if isinstance(caller, ApiError) else None
+        if isinstance(caller, ApiError):
+            return self._look(request, caller) or caller
+        return None
 
     def handle(self, request: Request, client: ClientConnection) -> None:
         try:
@@ -149,13 +151,30 @@ class Gateway:
             error_body(protocol, error, request_id),
         )
 
+    def _refuse_caller(self, request: Request, client: ClientConnection, error: ApiError) -> None:
+        """At once, or when the store does not know the key either."""
+        look = self._look(request, error)
+        if look is None:
+            self.refuse(request, client, error)
+        else:
+            _Undecided(self, request, client).wait(look)
+
+    def _look(self, request: Request, error: ApiError) -> asyncio.Future[None] | None:
+        """One for each request: the store may know a key that is new."""
+        if error is not _BAD_KEY:
+            return None
+        if request.look is None:
+            request.look = self._ring.next_look(request.headers.secret or b"")
+        look = request.look
+        return None if look is None or look.done() else look
+
     # Calls to a model.
 
     def _serve(self, endpoint: Endpoint, request: Request, client: ClientConnection) -> None:
         accepted_at_s, started_s = time.time(), self._now_s()
         caller = self._head_check(request, accepted_at_s)
         if isinstance(caller, ApiError):
-            self.refuse(request, client, caller)
+            self._refuse_caller(request, client, caller)
             return
         question = read_question(endpoint, request.body, request.headers.session)
         if isinstance(question, ApiError):
@@ -174,7 +193,8 @@ class Gateway:
         if self.draining and not view.is_ready(model.name):
             self.refuse(request, client, ApiError(503, "The gateway shuts down.", retry_after_s=1))
             return
-        prompt_guess = self._sizes.guess(model.name, len(question.body), model.max_model_len)
+        most = model.max_model_len
+        prompt_guess = self._sizes.guess(model.name, len(question.body), most * question.prompts)
         call_id = self._ids.new()
         call = Call(
             call_id,
@@ -187,7 +207,7 @@ class Gateway:
             question,
             model,
             prompt_guess,
-            prompt_guess + min(question.guessed_completion_tokens, model.max_model_len),
+            prompt_guess + question.guessed_completion_tokens(most),
         )
         if self._tracing.on:
             call.trace = self._tracing.begin(request.headers.traceparent)
@@ -272,7 +292,7 @@ class Gateway:
     def _administer(self, request: Request, client: ClientConnection) -> None:
         caller = self._authenticate(request, time.time())
         if isinstance(caller, ApiError):
-            self.refuse(request, client, caller)
+            self._refuse_caller(request, client, caller)
         elif not caller.admin:
             error = ApiError(
                 403,
@@ -282,7 +302,24 @@ class Gateway:
             )
             self.refuse(request, client, error)
         else:
-            self._admin.serve(request, client, caller)
+            self._ask_admin(request, client, caller)
+
+    def _ask_admin(self, request: Request, client: ClientConnection, caller: Caller) -> None:
+        request_id = request.headers.request_id or self._ids.new()
+        started_s = self._now_s()
+
+        def answered(status: int) -> None:
+            self._access_log.administered(
+                request_id,
+                caller.tenant,
+                caller.key_id,
+                request.method.decode(),
+                request.path,
+                status,
+                self._now_s() - started_s,
+            )
+
+        self._admin.serve(request, client, caller, request_id, answered)
 
     def _show_metrics(self, request: Request, client: ClientConnection) -> None:
         if not hmac.compare_digest(request.headers.secret or b"", self._mesh_token):
@@ -295,7 +332,7 @@ class Gateway:
     def _show_models(self, request: Request, client: ClientConnection) -> None:
         caller = self._authenticate(request, time.time())
         if isinstance(caller, ApiError):
-            self.refuse(request, client, caller)
+            self._refuse_caller(request, client, caller)
             return
         if self._view.fleet is None:
             self.refuse(request, client, _NO_FLEET_YET)
@@ -364,6 +401,34 @@ class Gateway:
     @staticmethod
     def _send_json(client: ClientConnection, status: int, value: Any) -> None:
         client.send_whole(status, JSON_LINE, msgspec.json.encode(value))
+
+
+class _Undecided:
+    """A request whose key may be new: answered, or refused, after one more look at the store."""
+
+    def __init__(self, gateway: Gateway, request: Request, client: ClientConnection) -> None:
+        self._gateway = gateway
+        self._request = request
+        self._client = client
+
+    def wait(self, look: asyncio.Future[None]) -> None:
+        # What comes behind it waits in the kernel: nobody has shown a key for it yet.
+        self._client.hold()
+        self._client.watcher = self
+        look.add_done_callback(self._decide)
+
+    def _decide(self, _: asyncio.Future[None]) -> None:
+        client = self._client
+        if client.watcher is self:
+            client.watcher = None
+            client.release()
+            self._gateway.handle(self._request, client)
+
+    def client_gone(self) -> None: ...
+
+    def client_full(self) -> None: ...
+
+    def client_drained(self) -> None: ...
 
 
 def _protocol(request: Request, endpoint: Endpoint | None) -> Protocol:

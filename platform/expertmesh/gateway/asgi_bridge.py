@@ -7,9 +7,10 @@ from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 from expertmesh.core.domain.tenant import Caller
-from expertmesh.gateway.answers import header_lines
+from expertmesh.gateway.answers import header_lines, id_lines
 from expertmesh.gateway.api import ApiError, Protocol, error_body
 from expertmesh.gateway.client_connection import ClientConnection, Request
+from expertmesh.gateway.flight import CLIENT_CLOSED
 
 Message = MutableMapping[str, Any]
 AsgiApp = Callable[
@@ -53,11 +54,24 @@ class AsgiBridge:
         self._app: Final = app
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def serve(self, request: Request, client: ClientConnection, caller: Caller) -> None:
-        """The caller stands in `scope["state"]["caller"]`."""
+    def serve(
+        self,
+        request: Request,
+        client: ClientConnection,
+        caller: Caller,
+        request_id: str,
+        answered: Callable[[int], None],
+    ) -> None:
+        """Caller and request id stand in `scope["state"]`; `answered` gets the status, once."""
         answer = _Answer()
         client.watcher = answer
-        task = asyncio.get_running_loop().create_task(self._run(request, client, caller, answer))
+        task = asyncio.get_running_loop().create_task(
+            self._run(request, client, caller, request_id, answer)
+        )
+        # Also when the client goes away before the task has begun.
+        task.add_done_callback(
+            lambda done: answered(CLIENT_CLOSED if done.cancelled() else answer.status)
+        )
         answer.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -66,7 +80,12 @@ class AsgiBridge:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _run(
-        self, request: Request, client: ClientConnection, caller: Caller, answer: _Answer
+        self,
+        request: Request,
+        client: ClientConnection,
+        caller: Caller,
+        request_id: str,
+        answer: _Answer,
     ) -> None:
         path = request.path.encode("latin-1")
         scope: Message = {
@@ -85,7 +104,7 @@ class AsgiBridge:
             ],
             "client": None,
             "server": None,
-            "state": {"caller": caller},
+            "state": {"caller": caller, "request_id": request_id},
         }
         sent = False
 
@@ -103,8 +122,9 @@ class AsgiBridge:
             _log.exception("the gateway failed at %s", request.path[:200])
             error = ApiError(500, "The gateway failed; its log says why.")
             answer.status, answer.lines = 500, b"content-type: application/json\r\n"
-            answer.body = error_body(Protocol.OPENAI, error, "")
-        client.send_whole(answer.status, answer.lines, answer.body)
+            answer.body = error_body(Protocol.OPENAI, error, request_id)
+        lines = answer.lines + id_lines(Protocol.OPENAI, request_id)
+        client.send_whole(answer.status, lines, answer.body)
 
 
 def _decoded(path: bytes) -> str:

@@ -94,9 +94,9 @@ class Question(msgspec.Struct, frozen=True, gc=False):
     session: bytes | None
     """Requests of one session find their prefix cached at the same rank."""
 
-    @property
-    def guessed_completion_tokens(self) -> int:
-        return (self.max_tokens or _GUESSED_COMPLETION_TOKENS) * self.sequences
+    def guessed_completion_tokens(self, most: int) -> int:
+        """Of all sequences, each with `most` tokens at most."""
+        return min(self.max_tokens or _GUESSED_COMPLETION_TOKENS, most) * self.sequences
 
 
 def read_question(

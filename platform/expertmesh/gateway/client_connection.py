@@ -61,6 +61,7 @@ class Request:
         "extra_lines",
         "headers",
         "keep_alive",
+        "look",
         "method",
         "path",
         "query",
@@ -78,6 +79,8 @@ class Request:
         self.extra_lines = b""
         """Header lines that go into any answer to it."""
         self.keep_alive = True
+        self.look: asyncio.Future[None] | None = None
+        """Until it is done, nobody can say whose request it is."""
         self.refusal: ApiError | None = None
 
 
@@ -93,8 +96,8 @@ class Watcher(Protocol):
 
 
 class Handler(Protocol):
-    def screen(self, request: Request) -> ApiError | None:
-        """What the head alone decides, before a long body is taken."""
+    def screen(self, request: Request) -> ApiError | asyncio.Future[None] | None:
+        """What the head alone decides, before a long body is taken; a future: ask again then."""
         ...
 
     def handle(self, request: Request, client: "ClientConnection") -> None:
@@ -137,6 +140,7 @@ class ClientConnection(asyncio.Protocol):
         "_stuck_since_s",
         "_transport",
         "_turning",
+        "_undecided",
         "_url",
         "_wire_size",
         "gone",
@@ -179,6 +183,8 @@ class ClientConnection(asyncio.Protocol):
         self._input_ended = False
         """What still comes in is dropped."""
         self._paused_reading = False
+        self._undecided: Request | None = None
+        """It is to be screened again before more of its body is taken."""
         self._since_s = 0.0
         self._idle_since_s = now_s()
         self._stuck_since_s: float | None = None
@@ -256,14 +262,8 @@ class ClientConnection(asyncio.Protocol):
                 return
         if self._arrived and not self._turning:
             self._turn()
-        if (
-            self._arrived
-            and not self._paused_reading
-            and not self._closing
-            and self._backlog_full()
-        ):
-            self._paused_reading = True
-            self._transport.pause_reading()
+        if self._undecided is not None or (self._arrived and self._backlog_full()):
+            self.hold()
 
     # The parser calls these.
 
@@ -303,17 +303,13 @@ class ClientConnection(asyncio.Protocol):
         if request.refusal is not None:
             return
         size = headers.content_length
-        if size > self._limits.body_bytes:
-            request.refusal = self._handler.screen(request) or self._body_too_large()
-        elif size > _SCREENED_BODY_BYTES or headers.chunked or headers.expects_continue:
-            request.refusal = self._handler.screen(request)
-            if (
-                headers.expects_continue
-                and request.refusal is None
-                and self._active is None
-                and not self._arrived
-            ):
-                self._transport.write(_CONTINUE)
+        if (
+            size > _SCREENED_BODY_BYTES
+            or size > self._limits.body_bytes
+            or headers.chunked
+            or headers.expects_continue
+        ):
+            self._screen(request)
 
     def on_body(self, body: bytes) -> None:
         request = self._receiving
@@ -343,6 +339,23 @@ class ClientConnection(asyncio.Protocol):
     def full(self) -> bool:
         """The client reads more slowly than its answer comes."""
         return self._stuck_since_s is not None
+
+    def hold(self) -> None:
+        """Take no more from the client until `release`, or the end of this answer."""
+        if not self._paused_reading and not self._closing:
+            self._paused_reading = True
+            self._transport.pause_reading()
+
+    def release(self) -> None:
+        if (
+            self._paused_reading
+            and not self._closing
+            and self._undecided is None
+            and not self._backlog_full()
+        ):
+            self._paused_reading = False
+            self._since_s = self._now_s()  # what it could not send meanwhile was not late
+            self._transport.resume_reading()
 
     def send_whole(self, status: int, headers: bytes, body: bytes) -> None:
         """A whole answer; `headers` are lines, without the length, the connection and the date."""
@@ -470,6 +483,34 @@ class ClientConnection(asyncio.Protocol):
             return ApiError(417, "Of the expectations only '100-continue' is met.")
         return None
 
+    def _screen(self, request: Request) -> None:
+        verdict = self._handler.screen(request)
+        if isinstance(verdict, asyncio.Future):
+            self._undecided = request
+            verdict.add_done_callback(lambda _: self._screen_again(request))
+            return
+        request.refusal = verdict
+        if request.refusal is None and request.headers.content_length > self._limits.body_bytes:
+            request.refusal = self._body_too_large()
+        if (
+            request.headers.expects_continue
+            and request.refusal is None
+            and self._active is None
+            and not self._arrived
+        ):
+            self._transport.write(_CONTINUE)
+
+    def _screen_again(self, request: Request) -> None:
+        if self._undecided is request:
+            self._undecided = None
+        if self.gone or self._closing:
+            return
+        self.release()  # what is refused is still taken off the wire
+        if self._receiving is request and request.refusal is None:
+            self._screen(request)
+            if request.refusal is not None:
+                self._refuse(request.refusal)
+
     def _turn(self) -> None:
         """Hand over requests, one after the other: the next when the one before is answered and
         the client takes its answers."""
@@ -504,10 +545,7 @@ class ClientConnection(asyncio.Protocol):
             else:
                 self._transport.close()
             return
-        if self._paused_reading and not self._backlog_full():
-            self._paused_reading = False
-            self._since_s = self._idle_since_s  # what it could not send meanwhile was not late
-            self._transport.resume_reading()
+        self.release()
         if self._arrived and not self._turning:
             self._turn()
 

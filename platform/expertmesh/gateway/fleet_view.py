@@ -67,6 +67,7 @@ class FleetView:
         self._rules: Final = rules
         self._now_s: Final = now_s
         self._reported_in_flight: dict[str, int] = {}
+        self._heard_s = now_s()
         self.fleet: Fleet | None = None
         self.models: dict[str, ServedModel] = {}
         """By name and by alias."""
@@ -78,11 +79,17 @@ class FleetView:
         self.counts: Final[dict[str, ModelCount]] = {}
         """By model."""
 
+    @property
+    def age_s(self) -> float:
+        """Since the controller last answered, or since the start."""
+        return self._now_s() - self._heard_s
+
     def apply(self, fleet: Fleet) -> bool:
         """False when nothing but loads has changed. Not decided by the version, which starts anew
         with a controller that lost its state."""
         before = self.fleet
         self.fleet = fleet
+        self._heard_s = self._now_s()
         self._router.apply(fleet)
         changed = before is None or fleet.groups != before.groups or fleet.models != before.models
         if changed:
@@ -187,7 +194,7 @@ class FleetView:
         ask = ExternalAsk(
             endpoint=call.endpoint.name,
             prompt_tokens=call.prompt_guess,
-            completion_tokens=call.question.guessed_completion_tokens,
+            completion_tokens=call.question.guessed_completion_tokens(call.model.max_model_len),
             ready=self.answers(call.model.name),
             expected_wait_s=expected_wait_s,
             groups_failed=groups_failed,

@@ -55,8 +55,9 @@ class GatewayLimits:
     keys_period_s: float = 1.0
     """A revoked key is refused at the latest two periods later."""
     ledger_period_s: float = 0.5
-    flush_timeout_s: float = 15.0
-    """At shutdown the ledger is tried for so long."""
+    flush_timeout_s: float = 4.0
+    """At shutdown the ledger is tried for so long; the journal keeps the rest for the next
+    start."""
     drain_delay_s: float = 0.0
     """From turning unready to refusing connections, for load balancers to notice."""
     drain_timeout_s: float = 120.0

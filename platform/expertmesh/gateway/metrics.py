@@ -4,11 +4,11 @@ import asyncio
 from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
 from expertmesh.telemetry import metrics as names
 from expertmesh.telemetry.shared_tally import TallyCollector, TallyFolder
 from expertmesh.telemetry.tally import CounterChild, Tally
+from expertmesh.telemetry.text import OPENMETRICS_TYPE, PLAIN_TYPE, TextWriter
 
 if TYPE_CHECKING:
     from expertmesh.gateway.access_log import AccessLog
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from expertmesh.gateway.usage_writer import UsageWriter
 
 _WRITE_PERIOD_S: Final = 1.0
+_OPENMETRICS: Final = b"application/openmetrics-text"
 
 
 class GatewayMetrics:
@@ -28,6 +29,7 @@ class GatewayMetrics:
         self.registry: Final = registry
         tally = Tally()
         self._collector = TallyCollector(tally, folder)
+        self._writer: Final = TextWriter()
         self._requests: dict[tuple[str, str, int], CounterChild] = {}
         self._served: dict[tuple[str, str], ServedMetrics] = {}
         self._tenants: dict[str, TenantMetrics] = {}
@@ -60,6 +62,7 @@ class GatewayMetrics:
         self.tenant_requests: Final = tally.counter(names.GATEWAY_TENANT_REQUESTS)
         self.tenant_tokens: Final = tally.counter(names.GATEWAY_TENANT_TOKENS)
         self.tenant_revenue_usd: Final = tally.counter(names.GATEWAY_TENANT_REVENUE)
+        self.fleet_age: Final = tally.gauge(names.GATEWAY_FLEET_AGE).labels()
         self.usage_pending: Final = tally.gauge(names.GATEWAY_USAGE_PENDING).labels()
         self.usage_given_up: Final = tally.counter(names.GATEWAY_USAGE_GIVEN_UP).labels()
         self.access_log_dropped: Final = tally.counter(names.GATEWAY_ACCESS_LOG_DROPPED).labels()
@@ -151,6 +154,7 @@ class GatewayMetrics:
         self.upstream_connections.labels("idle").set(relay.pool.idle_connections)
         busy = sum(group.in_flight for group in view.groups.values())
         self.upstream_connections.labels("busy").set(busy)
+        self.fleet_age.set(view.age_s)
         self.usage_pending.set(writer.pending)
         self.usage_given_up.value = writer.given_up
         self.access_log_dropped.value = access_log.dropped
@@ -178,8 +182,10 @@ class GatewayMetrics:
 
     def exposition(self, accept: bytes) -> tuple[bytes, bytes]:
         """Content type and text: OpenMetrics, with examples, for a client that accepts it."""
-        encode, content_type = choose_encoder(accept.decode("latin-1"))
-        return content_type.encode(), encode(self.registry)
+        snapshot, metrics = self._collector.read()
+        if _OPENMETRICS in accept:
+            return OPENMETRICS_TYPE.encode(), self._writer.openmetrics(snapshot, metrics)
+        return PLAIN_TYPE.encode(), self._writer.plain(snapshot, metrics)
 
 
 class ServedMetrics:

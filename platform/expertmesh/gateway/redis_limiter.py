@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from expertmesh.core.admission.reservation import (
 from expertmesh.core.admission.window import day_of, day_start_s, month_of
 from expertmesh.core.domain.tenant import Account, Limits
 from expertmesh.gateway.limiter import OnUnavailable, SpendSource, spend_so_far, unavailable
-from expertmesh.gateway.redis_scripts import CALLS, EXPIRE, SEED
+from expertmesh.gateway.redis_scripts import CALLS, KEEP, SEED
 
 _log = logging.getLogger(__name__)
 
@@ -107,10 +108,12 @@ class RedisLimiter:
         *,
         timeout_s: float = 0.25,
         reservation_s: float = 3600.0,
+        lease_s: float = 10.0,
         prefix: str = "expertmesh:limits:",
     ) -> None:
         """`url` may hold a password; it is not logged. A reservation that is not settled within
-        `reservation_s` stays as estimated: its gateway is lost.
+        `reservation_s` stays as estimated, and takes no place among the concurrent ones any more.
+        So do all those of a gateway that has not been heard of for `lease_s`: it is lost.
         """
         self._redis: Final[Redis] = Redis.from_url(
             url,
@@ -125,7 +128,11 @@ class RedisLimiter:
         self._unavailable: Final = unavailable(on_unavailable)
         self._timeout_s: Final = timeout_s
         self._reservation_s: Final = reservation_s
-        self._open_key: Final = prefix + "open"
+        self._lease_s: Final = lease_s
+        self._gateway: Final = secrets.token_hex(8)
+        self._gateways_key: Final = prefix + "gateways"
+        self._open_prefix: Final = prefix + "open:"
+        self._open_key: Final = self._open_prefix + self._gateway
         self._held_key: Final = prefix + "held"
         self._marker_key: Final = prefix + "seeded"
         self._account_prefix: Final = prefix + "account:"
@@ -138,6 +145,8 @@ class RedisLimiter:
         self._sending: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._ready = False
+        self._ready_since_s = 0.0
+        """Monotonic."""
         self._failing = False
         self._wake = asyncio.Event()
         self._day = -1
@@ -250,10 +259,13 @@ class RedisLimiter:
             known = await self._redis.exists(self._marker_key)
         if self._source is not None and not known:
             await self._seed_from(self._source, time.time())
+        # Before anything is granted, or nobody would ever miss this gateway.
+        await self._keep_lease(False)
         if self._failing:
             _log.info("limits: Redis answers again")
         self._failing = False
         self._ready = True
+        self._ready_since_s = time.monotonic()
         self._send_soon()
 
     async def _seed_from(self, source: SpendSource, now_s: float) -> None:
@@ -274,15 +286,35 @@ class RedisLimiter:
         _log.info("limits: Redis has been told what %d accounts have spent", len(spent))
 
     async def _give_up_lost(self) -> None:
+        # Where Redis itself was away, no gateway could be heard of: all get the time to come back.
+        judges = time.monotonic() - self._ready_since_s >= self._lease_s
         while True:
-            async with asyncio.timeout(4 * self._timeout_s):
-                lost = await self._redis.eval(
-                    EXPIRE, 2, self._open_key, self._held_key, repr(time.time()), _BATCH
+            late, orphans = await self._keep_lease(judges)
+            if late:
+                _log.warning("limits: %d reservations were never settled; kept as estimated", late)
+            if orphans:
+                _log.warning(
+                    "limits: %d reservations of a gateway that is gone; kept as estimated", orphans
                 )
-            if lost:
-                _log.warning("limits: %d reservations were never settled; kept as estimated", lost)
-            if lost < _BATCH:
+            if late < _BATCH and orphans < _BATCH:
                 return
+
+    async def _keep_lease(self, judges: bool) -> tuple[int, int]:
+        """How many reservations were given up: too old, and of gateways that are gone."""
+        async with asyncio.timeout(4 * self._timeout_s):
+            late, orphans = await self._redis.eval(
+                KEEP,
+                2,
+                self._gateways_key,
+                self._held_key,
+                self._open_prefix,
+                self._gateway,
+                repr(time.time()),
+                repr(self._lease_s),
+                _BATCH,
+                int(judges),
+            )
+        return late, orphans
 
     def _keep(self, settlement: _Settlement) -> None:
         if len(self._unsettled) >= _MOST_UNSETTLED:

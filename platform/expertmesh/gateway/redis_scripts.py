@@ -3,8 +3,9 @@
 One hash for each account, with an expiry: `r`, `ra`, `rc` are the requests used, as of when, and
 the capacity; `t`, `ta`, `tc` the same of tokens, and `tg` counts how often that limit was set anew;
 `o` open reservations; `d`, `dc`, `ds` the running day, what is committed in it and whether the
-ledger is in; `m`, `mc`, `ms` the same of the month. Open reservations are in one hash, and in one
-sorted set by the time at which they are given up.
+ledger is in; `m`, `mc`, `ms` the same of the month. Open reservations are in one hash, and those of
+each gateway in a sorted set of its own by the time at which they are given up. Gateways are in a
+sorted set by the end of their lease, in the time of Redis.
 
 Money is in whole nano-dollars, since Lua counts with doubles: exact up to 9 million dollars.
 Keys of accounts are made from the arguments, so a Redis Cluster cannot run these scripts.
@@ -195,13 +196,35 @@ return cmsgpack.pack({1, settled, answers})
 """
 )
 
-EXPIRE = (
+KEEP = (
     _SHARED
     + """
--- KEYS: open, held. ARGV: now, most. Returns how many were given up.
-local late = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[1], 'LIMIT', 0, tonumber(ARGV[2]))
-for _, id in ipairs(late) do forfeit(KEYS[1], KEYS[2], id) end
-return #late
+-- KEYS: gateways, held. ARGV: prefix of the sorted sets of open reservations, this gateway, now,
+-- lease in seconds, most to give up, 1 to look for gateways whose lease is over. Returns how many
+-- reservations were given up because they are too old, and how many with their gateway.
+local prefix, me, most = ARGV[1], ARGV[2], tonumber(ARGV[5])
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
+redis.call('ZADD', KEYS[1], float(now + tonumber(ARGV[4])), me)
+local mine = prefix .. me
+local late = redis.call('ZRANGEBYSCORE', mine, '-inf', ARGV[3], 'LIMIT', 0, most)
+for _, id in ipairs(late) do
+  if not forfeit(mine, KEYS[2], id) then redis.call('ZREM', mine, id) end
+end
+local orphans = 0
+if ARGV[6] == '1' then
+  for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. float(now))) do
+    local theirs = prefix .. gone
+    local ids = redis.call('ZRANGE', theirs, 0, most - orphans - 1)
+    for _, id in ipairs(ids) do
+      if not forfeit(theirs, KEYS[2], id) then redis.call('ZREM', theirs, id) end
+    end
+    orphans = orphans + #ids
+    if redis.call('EXISTS', theirs) == 0 then redis.call('ZREM', KEYS[1], gone) end
+    if orphans >= most then break end
+  end
+end
+return {#late, orphans}
 """
 )
 

@@ -10,6 +10,7 @@ import time
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ from aiohttp import web
 from expertmesh.clients.ray_serve import RayServeClient
 from expertmesh.controller.announce import AnnouncedJournal
 from expertmesh.controller.api import build_api
-from expertmesh.controller.configs import scaling_config, served_model
+from expertmesh.controller.configs import Shared, scaling_config, served_model
 from expertmesh.controller.console import Console
 from expertmesh.controller.console_access import ConsoleAccess
 from expertmesh.controller.fence import FencedJournal, FencedServe, Term
@@ -32,12 +33,14 @@ from expertmesh.controller.observe import HttpRankProbe, SpotNotices
 from expertmesh.controller.today import TodayReader
 from expertmesh.core.scaling.contract import Timing
 from expertmesh.errors import SetupError
+from expertmesh.spec.catalog_hardware import accelerators
 from expertmesh.spec.load import System
 from expertmesh.store.database import Database, open_database
 from expertmesh.store.journal import Journal
 from expertmesh.store.keys import KeyBook
 from expertmesh.store.leases import LeaseTable
 from expertmesh.store.ledger import Ledger
+from expertmesh.store.report import usage_cells
 from expertmesh.store.spend import LedgerSpend
 
 if TYPE_CHECKING:
@@ -205,6 +208,7 @@ def _wire(
             probe=HttpRankProbe(http, settings.mesh_token),
             journal=AnnouncedJournal(fenced, events.say) if events is not None else fenced,
             ledger=Ledger(database),
+            usage=partial(usage_cells, Ledger(database)),
             now_s=time.time,
             notices=notices,
         )
@@ -213,6 +217,7 @@ def _wire(
             [scaling_config(model, system.pools, timing) for model in system.models],
             [served_model(model) for model in system.models],
             timing,
+            Shared(system.pools, system.usd_per_hour_budget, accelerators()),
         )
 
     me = f"{socket.gethostname()}_{secrets.token_hex(4)}"

@@ -6,6 +6,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from expertmesh.controller.overview import Overview
 from expertmesh.core.domain.fleet import Group
 from expertmesh.errors import UpstreamUnavailable
 
@@ -43,6 +44,9 @@ class ControllerView:
 
     async def fleet(self) -> FleetView:
         return msgspec.json.decode(await self._get("/v1/fleet"), type=FleetView)
+
+    async def overview(self) -> Overview:
+        return msgspec.json.decode(await self._get("/console/api/overview"), type=Overview)
 
     async def decisions(self, limit: int) -> list[dict[str, Any]]:
         found = msgspec.json.decode(await self._get(f"/v1/decisions?limit={limit}"))

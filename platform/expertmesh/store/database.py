@@ -21,6 +21,8 @@ from expertmesh.store.migrations.upgrade import is_current, upgrade_to_head
 
 _LOCK_WAIT_S = 30
 """A writer waits this long for the others; a batch of the ledger takes milliseconds."""
+_LOCK_TRY_S = 1
+"""SQLite waits so long at a time: a thread that waits cannot be stopped."""
 _CONNECT_TIMEOUT_S = 10
 _MIGRATION_LOCK = 0x65_78_70_6D_65_73_68
 """Number of the PostgreSQL advisory lock, the same in every version ("expmesh")."""
@@ -114,7 +116,8 @@ def _engine(url: URL) -> AsyncEngine:
         )
     # The driver's own BEGIN comes late and cannot wait for a writer, so it is switched off.
     engine = create_async_engine(
-        url, connect_args={"timeout": _LOCK_WAIT_S, "isolation_level": None}
+        url,
+        connect_args={"timeout": min(_LOCK_TRY_S, _LOCK_WAIT_S), "isolation_level": None},
     )
     event.listen(engine.sync_engine, "connect", _configure_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
@@ -131,8 +134,17 @@ def _configure_sqlite(connection: Any, _record: object) -> None:
 
 def _begin_sqlite(connection: Connection) -> None:
     # A transaction that first reads and then writes would fail at once instead of waiting.
-    writes = connection.get_execution_options().get("em_writes")
-    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+    if not connection.get_execution_options().get("em_writes"):
+        connection.exec_driver_sql("BEGIN")
+        return
+    deadline_s = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            return
+        except OperationalError as error:
+            if "locked" not in str(error.orig) or time.monotonic() >= deadline_s:
+                raise
 
 
 async def _advisory_lock(connection: AsyncConnection, number: int) -> None:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from sqlalchemy import exists, func, insert, literal, select
+from sqlalchemy import delete, exists, func, insert, literal, or_, select
 
 from expertmesh.store.database import Database
 from expertmesh.store.schema import journal_entries
+
+_BATCH = 2_000
+"""Entries that are forgotten in one transaction: others wait for it to end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,31 @@ class Journal:
             for row in rows
         )
         return tuple(sorted(entries, key=lambda entry: entry.seq))
+
+    async def forget(self, before_s: float) -> int:
+        """Deletes entries from before then, the oldest first, and returns how many; at most so
+        many at once that nobody waits for long: call it again while it deletes any.
+
+        The newest decision of each model, from which a controller goes on after a restart, and the
+        newest entry of the newest term stay.
+        """
+        columns = journal_entries.c
+        newest = select(func.max(columns.seq)).group_by(columns.model)
+        term = select(func.max(columns.term)).scalar_subquery()
+        of_term = select(func.max(columns.seq)).where(columns.term == term).scalar_subquery()
+        old = (
+            select(columns.seq)
+            .where(
+                columns.at_s < before_s,
+                columns.seq.not_in(newest),
+                or_(of_term.is_(None), columns.seq != of_term),
+            )
+            .order_by(columns.seq)
+            .limit(_BATCH)
+        )
+        async with self._database.writing() as connection:
+            result = await connection.execute(delete(journal_entries).where(columns.seq.in_(old)))
+        return int(result.rowcount)
 
 
 def _text(payload: Mapping[str, Any]) -> str:

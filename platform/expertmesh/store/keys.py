@@ -29,6 +29,7 @@ from expertmesh.store.tenants import (
 _SECRET_PREFIX = "sk-em-"
 _SECRET_BYTES = 32
 """256 bits: 43 characters, so a plain hash needs no salt and no stretching."""
+_SECRET = re.compile(rb"sk-em-[A-Za-z0-9_-]{43}")
 _SHOWN_CHARACTERS = len(_SECRET_PREFIX) + 4
 _NAME_LENGTH = 80
 _LONGEST_LIFE_S = 100 * 366 * 86_400.0
@@ -78,6 +79,11 @@ class KeyRecord:
 def hash_secret(secret: str) -> str:
     """SHA-256 as hex: the form in which a key is looked up."""
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def is_well_formed(secret: bytes) -> bool:
+    """Whether a key could look so; what does not was never made here."""
+    return _SECRET.fullmatch(secret) is not None
 
 
 class KeyBook:

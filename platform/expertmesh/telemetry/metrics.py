@@ -154,6 +154,12 @@ GATEWAY_TENANT_TOKENS = Metric(
 GATEWAY_TENANT_REVENUE = Metric(
     "em_gateway_tenant_tariff_usd_total", "counter", "Tariff price of the usage", ("tenant",)
 )
+GATEWAY_FLEET_AGE = Metric(
+    "em_gateway_fleet_age_seconds",
+    "gauge",
+    "Time since the controller last answered; of the worker that waits longest",
+    merge="max",
+)
 GATEWAY_USAGE_PENDING = Metric(
     "em_gateway_usage_pending_records", "gauge", "Usage records that wait for the ledger"
 )
@@ -264,6 +270,25 @@ CONTROLLER_ZONE_LOSSES = Metric(
     ("zone",),
     merge="max",
 )
+CONTROLLER_ZONE_AVOIDED = Metric(
+    "em_controller_zone_avoided",
+    "gauge",
+    "1 for a spot zone that gets no new groups, as it has lately been lost",
+    ("zone",),
+    merge="max",
+)
+CONTROLLER_SLO = Metric(
+    "em_controller_slo_attainment_target",
+    "gauge",
+    "Share of the requests that shall meet the latency targets",
+    ("model",),
+)
+CONTROLLER_WAIT_LIMIT = Metric(
+    "em_controller_wait_limit_seconds",
+    "gauge",
+    "Longest time that a request of the model may wait",
+    ("model",),
+)
 CONTROLLER_BUDGET_RATE = Metric(
     "em_controller_budget_usd_per_hour", "gauge", "Budget of the model by the hour", ("model",)
 )
@@ -302,12 +327,6 @@ CONTROLLER_COST = Metric(
     "counter",
     "Cost by the ledger: attributed, external, idle, starting, draining, idle_nodes",
     ("model", "pool", "part"),
-)
-CONTROLLER_TARIFF = Metric(
-    "em_controller_tariff_usd_total",
-    "counter",
-    "Tariff price by the ledger of the usage served",
-    ("model", "pool"),
 )
 CONTROLLER_ENERGY = Metric(
     "em_controller_energy_joules_total",

@@ -53,14 +53,18 @@ class TallyCollector(Collector):
         return exposition(_NOTHING, self._tally.metrics)
 
     def collect(self) -> Iterable[Exposed]:
+        return exposition(*self.read())
+
+    def read(self) -> tuple[Snapshot, tuple[Metric, ...]]:
+        """The values of this moment, and the metrics that they belong to."""
         metrics = self._tally.metrics
         self.refresh()
         own = self._tally.snapshot()
         if self._folder is None:
-            return exposition(own, metrics)
+            return own, metrics
         # What is shown must not be lost when this worker is killed a moment later.
         self._folder.write(own)
-        return exposition(merge((own, *self._folder.others(metrics)), metrics), metrics)
+        return merge((own, *self._folder.others(metrics)), metrics), metrics
 
     def write(self) -> None:
         """Once a second: what others show of this worker."""

@@ -173,10 +173,24 @@ def test_a_lower_need_must_hold_and_then_the_dearest_group_is_drained() -> None:
 def test_in_one_pool_the_newest_group_goes_first() -> None:
     world = World(config(pool("only", nodes=8), min_groups=3), start_s=5)
     world.steps(8)
+    ready_s = world.state.groups[2].since_s
     world.config = config(pool("only", nodes=8), min_groups=1)
-    drained = [kinds(decision) for decision in world.steps(17)]
+    held = world.steps(round(ready_s + 15 - world.now_s), queued=1)
+    assert {tuple(kinds(decision)) for decision in held} == {()}
+    drained = [kinds(decision) for decision in world.steps(10, queued=1)]
     assert drained[0] == [("drain", "em-tiny-only-3"), ("drain", "em-tiny-only-2")]
     assert world.serving == ["em-tiny-only-1"]
+
+
+def test_a_replacement_that_bounds_forbid_beside_what_is_there_is_not_pursued() -> None:
+    pools = (pool("cheap", 0.3, nodes=4), pool("dear", 0.45))
+    world = World(config(*pools, min_groups=2, max_groups=2, usd_per_hour_budget=1.9), start_s=5)
+    world.live = {"cheap": 2}
+    world.steps(8)
+    assert world.serving == ["em-tiny-cheap-1", "em-tiny-dear-2"]
+    world.live = {}
+    for decision in world.steps(30):
+        assert (kinds(decision), decision.pending, decision.state.wanted) == ([], None, 2)
 
 
 def test_a_group_is_removed_only_when_nothing_is_in_flight_there() -> None:

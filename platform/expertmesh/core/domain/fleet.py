@@ -117,7 +117,7 @@ class ServedModel:
     aliases: tuple[str, ...] = ()
     """Other names that clients may use for it."""
     external: tuple[ExternalRoute, ...] = ()
-    slo: Slo = Slo()
+    slo: Slo = field(default_factory=Slo)
 
 
 @dataclass(frozen=True, slots=True)

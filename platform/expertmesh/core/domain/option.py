@@ -1,6 +1,7 @@
 """The ways in which a group of a model can be run, and what one such group does."""
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from expertmesh.core.domain.fleet import Parallelism
@@ -27,6 +28,12 @@ class GroupRates:
         return prefill_s + output_tokens / self.decode_tokens_per_s
 
 
+@cache
+def option_name(pool: str, parallelism: Parallelism) -> str:
+    sizes = parallelism
+    return f"{pool}/t{sizes.tensor}d{sizes.data}e{sizes.expert}"
+
+
 @dataclass(frozen=True, slots=True)
 class GroupOption:
     """One pool and one size: what the controller chooses among, and the price of a choice."""
@@ -44,8 +51,7 @@ class GroupOption:
 
     @property
     def name(self) -> str:
-        sizes = self.parallelism
-        return f"{self.pool}/t{sizes.tensor}d{sizes.data}e{sizes.expert}"
+        return option_name(self.pool, self.parallelism)
 
     @property
     def workers(self) -> int:

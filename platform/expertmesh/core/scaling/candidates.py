@@ -48,6 +48,8 @@ class Candidate:
     wait_then_s: float | None
     """The same once all of it is ready, with the load that is expected then."""
     why: str
+    is_barred: bool = False
+    """It cannot be had, whatever it costs."""
     is_chosen: bool = False
 
 
@@ -92,7 +94,9 @@ def choice_of(question: Question) -> Choice:
     base = _Base(question, target, outside_usd if by_provider else None)
     candidates = []
     for name, mix in _others(problem, target.mix, by_provider):
-        candidates.append(base.candidate(name, mix, base.why_lost(mix)))
+        bars = base.bars(mix)
+        shown = base.candidate(name, mix, "; ".join(bars) or base.why_lost(mix))
+        candidates.append(replace(shown, is_barred=bool(bars)))
     if outside_usd is not None and not by_provider:
         candidates.append(base.provider(outside_usd))
     candidates.sort(key=lambda candidate: (candidate.more_usd, candidate.name))
@@ -198,6 +202,10 @@ class _Base:
         self.cost = _cost(self.offers, self.need, self.mix)
         self.compared_usd = self.cost.compared_usd if provider_usd is None else provider_usd
         self.has_kept = target.mix.counts == self.problem.active
+        self.loose = replace(self.problem.bounds, min_groups=0)
+        self.was_reachable = self._is_reachable(
+            cheapest(self.offers, self.need, self.problem.bounds).counts
+        )
 
     def chosen(self) -> Candidate:
         counts = [self.target.counts.get(offer.option, 0) for offer in self.offers]
@@ -231,7 +239,8 @@ class _Base:
 
     def provider(self, usd: float) -> Candidate:
         more = usd - self.compared_usd
-        if not self.problem.may_be_empty:
+        barred = not self.problem.may_be_empty
+        if barred:
             why = "min_groups wants groups"
         elif more >= 0:
             why = f"+${more:.2f} in {_minutes(self.question.kinds.horizon_s)}"
@@ -239,7 +248,15 @@ class _Base:
             why = f"saves ${-more:.2f}, too little where mixes are compared"
         empty = priced(self.offers, self.need, (0,) * len(self.offers))
         shown = self.candidate("provider", empty, why)
-        return replace(shown, short=0.0, usd=usd, more_usd=more, wait_now_s=0.0, wait_then_s=0.0)
+        return replace(
+            shown,
+            short=0.0,
+            usd=usd,
+            more_usd=more,
+            wait_now_s=0.0,
+            wait_then_s=0.0,
+            is_barred=barred,
+        )
 
     def candidate(self, name: str, mix: Mix, why: str) -> Candidate:
         load, kinds = self.question.load, self.question.kinds
@@ -270,9 +287,6 @@ class _Base:
         )
 
     def why_lost(self, mix: Mix) -> str:
-        bars = self._bars(mix)
-        if bars:
-            return "; ".join(bars)
         cost = _cost(self.offers, self.need, mix)
         more = cost.compared_usd - self.compared_usd
         if self.provider_usd is not None:
@@ -285,13 +299,37 @@ class _Base:
             return "costs the same within 1 %, but changes more of what there is"
         if self.has_kept:
             return "saves too little to replace groups that carry the load"
-        return "saves too little to be told apart"
+        if not self.was_reachable:
+            return "the cheapest cannot be had from what there is: it must be more groups or fewer"
+        return f"saves {-more / self.compared_usd:.2%}: too little to look for"
 
-    def _bars(self, mix: Mix) -> list[str]:
-        """The bounds that it breaks."""
-        bounds, found = self.problem.bounds, []
-        if fits(self.offers, bounds, mix.counts):
-            return []
+    def bars(self, mix: Mix) -> list[str]:
+        """The bounds that it breaks, and those that it would on the way there."""
+        bounds, found = self.problem.bounds, self._broken(self.problem.bounds, mix)
+        lacks = max(0, bounds.min_groups - self.mix.groups)
+        if bounds.min_groups - mix.groups > lacks:
+            found.append(
+                f"min_groups is {bounds.min_groups}"
+                if self.need.load <= 0
+                else f"a model in use keeps {bounds.min_groups} or more"
+            )
+        if not found and not self._is_reachable(mix.counts):
+            both = priced(self.offers, self.need, self._beside(mix.counts))
+            broken = self._broken(self.loose, both)
+            found += [f"with what it replaces, until that is gone: {bar}" for bar in broken]
+        return found
+
+    def _is_reachable(self, counts: Sequence[int]) -> bool:
+        """Groups are started before those that they replace are released."""
+        both = self._beside(counts)
+        there = self.problem.active
+        return fits(self.offers, self.loose, both) or not fits(self.offers, self.loose, there)
+
+    def _beside(self, counts: Sequence[int]) -> tuple[int, ...]:
+        return tuple(max(n, there) for n, there in zip(counts, self.problem.active, strict=True))
+
+    def _broken(self, bounds: Bounds, mix: Mix) -> list[str]:
+        found: list[str] = []
         used: dict[str, int] = {}
         for offer, n in zip(self.offers, mix.counts, strict=True):
             used[offer.pool] = used.get(offer.pool, 0) + n * offer.workers
@@ -306,13 +344,6 @@ class _Base:
                 )
         if mix.groups > bounds.max_groups:
             found.append(f"max_groups is {bounds.max_groups}")
-        lacks = max(0, bounds.min_groups - self.mix.groups)
-        if bounds.min_groups - mix.groups > lacks:
-            found.append(
-                f"min_groups is {bounds.min_groups}"
-                if self.need.load <= 0
-                else f"a model in use keeps {bounds.min_groups} or more"
-            )
         money = bounds.usd_per_hour
         if money is not None and mix.usd_per_hour > money + 1e-6:
             found.append(f"${mix.usd_per_hour:.2f}/h is over the budget of ${money:.2f}/h")

@@ -120,8 +120,7 @@ class _Search:
                 name,
                 setting(flips),
                 setting(keeps),
-                f"with {name} at ${flips * step:,.2f}/h a group or more "
-                f"({_by_gpu(flips * step, option.workers)}; it costs ${price:,.2f})",
+                f"with {name} at {_usd(flips * step)}/h a group or more (it costs {_usd(price)})",
             )
         found = self._first(Effect.MORE, name, setting, at + 1, 1)
         if found is None:
@@ -139,14 +138,13 @@ class _Search:
             name,
             setting(flips),
             setting(keeps),
-            f"with {name} at ${flips * step:,.2f}/h a group or less "
-            f"({_by_gpu(flips * step, option.workers)}; it costs ${price:,.2f})",
+            f"with {name} at {_usd(flips * step)}/h a group or less (it costs {_usd(price)})",
         )
 
     def _bar_of(self, name: str) -> str:
         for candidate in self.choice.candidates:
             if candidate.name == f"+1 {name}":
-                return f": {candidate.why}" if "+$" not in candidate.why else ""
+                return f": {candidate.why}" if candidate.is_barred else ""
         return ""
 
     def _work(self, grows: bool) -> list[Counterfactual | None]:
@@ -293,5 +291,5 @@ class _Search:
         return Counterfactual(f"{condition} {outcome}", effect, option, flips, keeps, target)
 
 
-def _by_gpu(usd_per_hour: float, workers: int) -> str:
-    return f"${usd_per_hour / workers:,.2f} per worker"
+def _usd(amount: float) -> str:
+    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.4g}"

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from expertmesh.core.domain.fleet import GroupSpec
 from expertmesh.core.domain.hardware import Market, Pool
 from expertmesh.core.domain.option import GroupOption, GroupRates
+from expertmesh.core.domain.option import option_name as name_of
+from expertmesh.core.domain.slo import Slo
 from expertmesh.core.scaling.contract import ModelState, ScalingConfig
 from expertmesh.core.scaling.learning import usual_ratio
 from expertmesh.core.scaling.mix import Offer
@@ -16,6 +18,11 @@ _HORIZON_STARTS = 3.0
 _HORIZON_S = (600.0, 3600.0)
 _ENOUGH_S = 60.0
 """Of groups' time at work, before it is believed what they do where nothing is planned."""
+_MOST_ATTAINMENT = 0.999
+"""No shortage at all would cost without end."""
+_FOREIGN = 4.0
+"""By which a group that no manifest has any more counts as dearer: it makes way, but not before
+others carry its load."""
 _LEAST_USD = 1e-6
 """Of a group over the horizon: one that costs nothing is still one too many."""
 
@@ -83,8 +90,15 @@ class Kinds:
         return min(prices, default=0.0) or 1.0
 
 
+def miss_usd_per_hour(kinds: Kinds, slo: Slo) -> float:
+    """What a missing unit of capacity costs: where a share of 1 - a of the requests may miss the
+    targets, a group that prevents more is worth a / (1 - a) of its price (newsvendor)."""
+    attainment = min(slo.attainment, _MOST_ATTAINMENT)
+    return kinds.unit_usd_per_hour * attainment / (1.0 - attainment)
+
+
 def option_name(spec: GroupSpec) -> str:
-    return GroupOption(spec.pool, spec.parallelism, 0.0, GroupRates(1.0), 0.0).name
+    return name_of(spec.pool, spec.parallelism)
 
 
 def kinds_of(
@@ -169,6 +183,8 @@ def offer(
     start_usd = (option.usd_per_hour + late_usd_per_hour) * kind.start_s / 3600.0
     capacity = kinds.capacity(kind)
     usd = option.usd_per_hour * hours
+    if not kind.is_offered:
+        usd *= _FOREIGN
     if kind.zone is not None:
         # After a loss, as much has to be started elsewhere.
         usd += losses_per_hour * hours * kinds.unit_usd_per_hour * capacity * kind.start_s / 3600.0

@@ -6,7 +6,8 @@ bounds), and what to do about it (end drains, recall, start, release).
 """
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from expertmesh.core.domain.deployment import ScalingMode
@@ -30,7 +31,14 @@ from expertmesh.core.scaling.contract import (
     workers_of,
 )
 from expertmesh.core.scaling.demand import Demand, is_drained, measure
-from expertmesh.core.scaling.kinds import Kind, Kinds, kinds_of, offer, option_name
+from expertmesh.core.scaling.kinds import (
+    Kind,
+    Kinds,
+    kinds_of,
+    miss_usd_per_hour,
+    offer,
+    option_name,
+)
 from expertmesh.core.scaling.learning import learn, usual_ratio
 from expertmesh.core.scaling.lifecycle import Room, advance, enter
 from expertmesh.core.scaling.load import Serving, measure_load
@@ -45,6 +53,7 @@ from expertmesh.core.scaling.target import (
     with_offers,
     with_workers,
     without_budget,
+    without_grant,
     without_max_groups,
 )
 from expertmesh.core.scaling.wording import groups, reason_of
@@ -61,8 +70,13 @@ _ANY_LOAD = 1e-6
 """Of a model that is used at all: it needs a group."""
 _ANY_WORKERS = 1 << 30
 _SERVING = (GroupState.READY, GroupState.DRAINING)
-_MOST_ATTAINMENT = 0.999
-"""No shortage at all would cost without end."""
+_SHORTAGES = (
+    Binding.BACKOFF,
+    Binding.GRANT,
+    Binding.BUDGET,
+    Binding.MAX_GROUPS,
+    Binding.ROOM,
+)
 _HOLD_STARTS = 2.0
 """A group that is not needed is kept for so many starts' times: one is what holding it may cost
 before a restart is cheaper, the other what a restart makes requests miss (simulated days)."""
@@ -330,7 +344,7 @@ class _Turn:
                     load.now, self.over_s, horizon_s, self.config.slo.attainment, group
                 )
             expected = self.forecast.expected(horizon_s, load.now)
-            spare = self.forecast.spare(expected, group)
+            spare = self.forecast.spare(expected, group, self.config.slo.attainment)
             work_off_s = max(horizon_s, self.config.slo.ttft_s)
             load = replace(
                 load,
@@ -356,6 +370,9 @@ class _Turn:
             there = load.ready + load.coming if first else 0.0
             self.peak = self.peak.seen(max(load.needed, there), self.now_s, hold_s)
         idle = self._is_idle() and not blind
+        if idle:
+            # Means fade slowly: what is left of them is no need.
+            load = replace(load, needed=0.0)
         held = 0.0 if idle else max(load.needed, self.peak.since(self.now_s - hold_s))
         self.load = replace(load, held=held)
         self.planned_load = load.needed
@@ -421,7 +438,8 @@ class _Turn:
         problem, obstacles = self._problem(), self._lifts()
         self.target = find_target(problem, obstacles)
         if self._why_unseen() is not None:
-            there = {kind.name: len(self._active_of(kind.name)) for kind in self.kinds.all}
+            counts = self._counts(self._active())
+            there = {kind.name: counts[kind.name] for kind in self.kinds.all}
             self.target = replace(self.target, kept=there)
         if self.binding is Binding.LOAD:
             self.binding = self.target.binding
@@ -447,7 +465,8 @@ class _Turn:
             for limit in (self.usd_per_hour_limit, grant.usd_per_hour if grant else None)
             if limit is not None
         ]
-        self.there = tuple(len(self._active_of(kind.name)) for kind in kinds.all)
+        counts = self._counts(self._active())
+        self.there = tuple(counts[kind.name] for kind in kinds.all)
         in_use = self.planned_load > 0 or self.load.held > 0
         return Problem(
             offers=self._offers(held_back=True),
@@ -474,23 +493,22 @@ class _Turn:
         """`held_back`: not from pools where starts failed lately or zones that were just lost."""
         load = self.load
         late = max(0.0, min(1.0, max(load.now, load.needed) - load.ready - load.coming))
+        late_usd_per_hour = late * self._miss_usd_per_hour()
+        kept = self._counts([*self._active(), *self._recallable()])
         return tuple(
             offer(
                 self.kinds,
                 kind,
-                len(self._active_of(kind.name)) + len(self._recallable(kind.name)),
+                kept[kind.name],
                 self._losses_per_hour(kind),
-                late * self._miss_usd_per_hour(),
+                late_usd_per_hour,
                 may_start=not held_back or self._why_held_back(kind) is None,
             )
             for kind in self.kinds.all
         )
 
     def _miss_usd_per_hour(self) -> float:
-        """What a missing unit of capacity costs: where a share of 1 - a of the requests may miss
-        the targets, a group that prevents more is worth a / (1 - a) of its price (newsvendor)."""
-        attainment = min(self.config.slo.attainment, _MOST_ATTAINMENT)
-        return self.kinds.unit_usd_per_hour * attainment / (1.0 - attainment)
+        return miss_usd_per_hour(self.kinds, self.config.slo)
 
     def _why_held_back(self, kind: Kind) -> str | None:
         pool = kind.option.pool
@@ -519,12 +537,9 @@ class _Turn:
         """
         workers: dict[str, int] = {}
         grant = self.observation.grant
-        own_groups: dict[str, list[GroupRecord]] = {kind.option.pool: [] for kind in self.kinds.all}
-        for kind in self.kinds.all:
-            mine = (*self._active_of(kind.name), *self._recallable(kind.name))
-            own_groups[kind.option.pool] += mine
+        mine = [*self._active(), *self._recallable()]
         for name in {kind.option.pool for kind in self.kinds.all}:
-            own = sum(workers_of(record.spec.parallelism) for record in own_groups[name])
+            own = sum(workers_of(r.spec.parallelism) for r in mine if r.spec.pool == name)
             pool = self.pools.get(name)
             room = self._room_in(pool) if pool else None
             workers[name] = max(0, own + (room or 0))
@@ -535,8 +550,16 @@ class _Turn:
     def _lifts(self) -> tuple[Obstacle, ...]:
         unlimited = {kind.option.pool: _ANY_WORKERS for kind in self.kinds.all}
         return (
-            Obstacle(Binding.BACKOFF, with_offers(self._offers(held_back=False))),
-            Obstacle(Binding.GRANT, with_workers(self._workers(granted=False))),
+            Obstacle(
+                Binding.BACKOFF,
+                lambda problem: with_offers(self._offers(held_back=False))(problem),
+            ),
+            Obstacle(
+                Binding.GRANT,
+                lambda problem: without_grant(
+                    self._workers(granted=False), self.usd_per_hour_limit
+                )(problem),
+            ),
             Obstacle(Binding.BUDGET, without_budget),
             Obstacle(Binding.MAX_GROUPS, without_max_groups),
             Obstacle(Binding.ROOM, with_workers(unlimited)),
@@ -597,7 +620,8 @@ class _Turn:
         for name, count in self.target.counts.items():
             kind = self.kinds.named(name)
             missing = count - len(self._active_of(name))
-            for record in sorted(self._recallable(name), key=self._price_key):
+            draining = [r for r in self._recallable() if option_name(r.spec) == name]
+            for record in sorted(draining, key=self._price_key):
                 if missing > 0:
                     self._recall(record)
                     missing -= 1
@@ -607,14 +631,14 @@ class _Turn:
                     self.obstacles.append(problem)
                     break
                 self._start(kind)
-        if self.target.mix.short > 0 or self.target.mix.groups < self.rules.min_groups:
+        if self.target.binding in _SHORTAGES:
             self._explain_shortage()
 
-    def _recallable(self, name: str) -> list[GroupRecord]:
+    def _recallable(self) -> list[GroupRecord]:
         return [
             record
             for record in self._in_state(GroupState.DRAINING)
-            if option_name(record.spec) == name and self._seen_of(record).leaving_at_s is None
+            if self._seen_of(record).leaving_at_s is None
         ]
 
     def _recall(self, record: GroupRecord) -> None:
@@ -649,7 +673,7 @@ class _Turn:
             if why is not None and kind.is_offered and why not in self.obstacles:
                 self.obstacles.append(why)
         grant = self.observation.grant
-        if self.binding is Binding.GRANT and grant is not None:
+        if self.binding in (Binding.GRANT, Binding.ROOM) and grant is not None and grant.why:
             self.obstacles.append(grant.why)
         if not self.obstacles and not self.config.options:
             self.obstacles.append("the model has no pool")
@@ -719,6 +743,8 @@ class _Turn:
         price = f"${record.spec.usd_per_hour:.2f}/h in pool {record.spec.pool}"
         if forced:
             why = f"the groups cost more than they may or are too many, {price}"
+            if self.observation.grant is not None:
+                why = f"it makes way, {price}: {self.observation.grant.why}"
         else:
             left = sum(self.target.kept.values())
             why = f"{left} groups carry a load of {self.load.held:.2f}, {price}"
@@ -814,6 +840,10 @@ class _Turn:
         zone = self.zones.get(zone_name) if zone_name is not None else None
         lost = record.state is GroupState.LOST
         return lost and zone is not None and not zone.is_admitted(self.now_s)
+
+    def _counts(self, records: Iterable[GroupRecord]) -> Counter[str]:
+        """By option."""
+        return Counter(option_name(record.spec) for record in records)
 
     def _active_of(self, option: str) -> list[GroupRecord]:
         return [record for record in self._active() if option_name(record.spec) == option]
@@ -933,7 +963,7 @@ class _Turn:
         wanted = sum(
             max(count, self.target.kept.get(name, 0)) for name, count in self.target.counts.items()
         )
-        wanted = max(wanted, self.rules.min_groups)
+        wanted = min(max(wanted, self.rules.min_groups), self.rules.max_groups)
         if blind is not None:
             wanted = max(wanted, min(self.before.wanted, self.rules.max_groups))
         state = ModelState(

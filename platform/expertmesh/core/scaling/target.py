@@ -59,7 +59,7 @@ def find_target(problem: Problem, obstacles: Sequence[Obstacle]) -> Target:
     offers, bounds = problem.offers, problem.bounds
     need = problem.with_needs()
     now = priced(offers, need, problem.active)
-    mix = cheapest(offers, need, bounds)
+    mix = _reachable(problem)
     external = False
     if _is_cheaper_outside(problem, mix):
         mix, external = priced(offers, need, (0,) * len(offers)), True
@@ -81,6 +81,49 @@ def find_target(problem: Problem, obstacles: Sequence[Obstacle]) -> Target:
         binding=_binding(problem, mix, counts, obstacles, external),
         replaces=replaces,
     )
+
+
+def _reachable(problem: Problem) -> Mix:
+    """The cheapest mix that can be had from what is there: groups are started before those that
+    they replace are released, so where both together are beyond a bound, there are only more groups
+    or fewer."""
+    offers, need, bounds = problem.offers, problem.with_needs(), problem.bounds
+    mix = cheapest(offers, need, bounds)
+    loose = replace(bounds, min_groups=0)
+    both = tuple(max(n, there) for n, there in zip(mix.counts, problem.active, strict=True))
+    if fits(offers, loose, both) or not fits(offers, loose, problem.active):
+        return mix
+    fewer = cheapest([replace(offer, limit=offer.kept) for offer in offers], need, bounds)
+    return min(fewer, _with_more(problem), key=lambda found: (_lacks(bounds, found), found.usd))
+
+
+def _with_more(problem: Problem) -> Mix:
+    """What is there and the cheapest that carries the rest of the load."""
+    offers, need, bounds = problem.offers, problem.with_needs(), problem.bounds
+    now = priced(offers, need, problem.active)
+    left = dict(bounds.workers)
+    beside = []
+    for offer, there in zip(offers, problem.active, strict=True):
+        left[offer.pool] = left.get(offer.pool, 0) - there * offer.workers
+        limit = None if offer.limit is None else offer.limit - there
+        beside.append(replace(offer, kept=max(0, offer.kept - there), limit=limit))
+    usd = bounds.usd_per_hour
+    more = cheapest(
+        beside,
+        replace(need, load=now.short, cover=now.uncovered),
+        Bounds(
+            max(0, bounds.min_groups - now.groups),
+            bounds.max_groups - now.groups,
+            left,
+            None if usd is None else usd - now.usd_per_hour,
+        ),
+    )
+    both = tuple(n + there for n, there in zip(more.counts, problem.active, strict=True))
+    return priced(offers, need, both)
+
+
+def _lacks(bounds: Bounds, mix: Mix) -> int:
+    return max(0, bounds.min_groups - mix.groups)
 
 
 def _is_cheaper_outside(problem: Problem, mix: Mix) -> bool:
@@ -118,15 +161,17 @@ def _binding(
 ) -> Binding:
     if external:
         return Binding.EXTERNAL
-    lacks = max(0, problem.bounds.min_groups - mix.groups)
+    lacks = _lacks(problem.bounds, mix)
     if mix.short > 0 or lacks:
+        lifted = problem
         for obstacle in obstacles:
-            lifted = obstacle.lift(problem)
-            other = cheapest(lifted.offers, lifted.with_needs(), lifted.bounds)
-            lacks_then = max(0, problem.bounds.min_groups - other.groups)
-            if other.short < mix.short - 1e-9 or lacks_then < lacks:
+            # One after the other: two bounds may each be enough to stand in the way.
+            lifted = obstacle.lift(lifted)
+            other = _reachable(lifted)
+            if other.short < mix.short - 1e-9 or _lacks(problem.bounds, other) < lacks:
                 return obstacle.binding
-        return Binding.ROOM if mix.short > 0 or lacks else Binding.LOAD
+        if lacks:
+            return Binding.ROOM
     if sum(counts) > mix.groups:
         return Binding.HOLD
     without = replace(problem.bounds, min_groups=0)
@@ -145,6 +190,18 @@ def without_max_groups(problem: Problem) -> Problem:
 
 def without_budget(problem: Problem) -> Problem:
     return replace(problem, bounds=replace(problem.bounds, usd_per_hour=None))
+
+
+def without_grant(
+    workers: Mapping[str, int], usd_per_hour: float | None
+) -> Callable[[Problem], Problem]:
+    """With all of the room, and with the model's own budget."""
+
+    def lift(problem: Problem) -> Problem:
+        bounds = replace(problem.bounds, workers=dict(workers), usd_per_hour=usd_per_hour)
+        return replace(problem, bounds=bounds)
+
+    return lift
 
 
 def with_workers(workers: Mapping[str, int]) -> Callable[[Problem], Problem]:
