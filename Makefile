@@ -36,10 +36,12 @@ bench-gateway: setup ## the gateway alone on one core; with PEERS=1 beside other
 	@$(if $(PEERS),scripts/install-bench-peers.sh)
 	@.venv/bin/python -m benchmarks.gateway $(if $(PEERS),--peers)
 
-chart: setup ## regenerate the chart's schema, lint and render it
+chart: setup ## regenerate the chart's schema and reference, lint all profiles, render the defaults
 	@scripts/install-tools.sh
 	@.venv/bin/python -m helm.generate_schema
-	@.venv/bin/helm lint --strict helm/expertmesh
+	@.venv/bin/python -m helm.generate_reference
+	@for values in helm/expertmesh/values.yaml helm/expertmesh/profiles/*.yaml; do \
+	  .venv/bin/helm lint --strict helm/expertmesh --values "$$values" || exit 1; done
 	@.venv/bin/helm template expertmesh helm/expertmesh
 
 dashboards: setup ## generate the dashboards' JSON

@@ -7,7 +7,7 @@ import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from dashboards import alerts, overview
+from dashboards import alerts, autoscaler, cost, experts, gateway, group, latency, overview
 
 GENERATED = Path(__file__).parent / "generated"
 CHART = Path(__file__).parents[1] / "helm" / "expertmesh" / "files"
@@ -16,7 +16,8 @@ CHART = Path(__file__).parents[1] / "helm" / "expertmesh" / "files"
 
 def dashboards() -> dict[str, Dashboard]:
     """By file name, without its ending."""
-    return {"overview": overview.build()}
+    boards = (overview, cost, latency, autoscaler, experts, gateway, group)
+    return {board.__name__.rpartition(".")[2]: board.build() for board in boards}
 
 
 def to_json(dashboard: Dashboard) -> str:

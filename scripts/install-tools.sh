@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fetches what the tests run beside Python: helm and kubectl (pinned, into .venv/bin), and from Debian
-# Prometheus with promtool, PostgreSQL, Redis, curl, and ip. Does nothing, at once, when all are there.
+# Prometheus with promtool, PostgreSQL, Redis, curl, ip, and Chromium with a font. Does nothing, at once, when all are there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -48,8 +48,8 @@ PYTHON
 }
 
 # Debian's packages and a program of each that tells whether it is there.
-readonly programs=(prometheus promtool ip setpriv pg_ctl redis-server curl)
-readonly packages=(prometheus iproute2 util-linux postgresql redis-server curl)
+readonly programs=(prometheus promtool ip setpriv pg_ctl redis-server curl chromium)
+readonly packages=(prometheus iproute2 util-linux postgresql redis-server curl chromium fonts-dejavu-core)
 
 has() {
   command -v "$1" >/dev/null || compgen -G "/usr/lib/postgresql/*/bin/$1" >/dev/null
@@ -63,7 +63,7 @@ install_system_packages() {
   [[ ${#missing[@]} -gt 0 ]] || return 0
   local command="apt-get update && apt-get install -y --no-install-recommends ${packages[*]}"
   command -v apt-get >/dev/null || fail "${missing[*]}: missing, and this is no Debian" \
-    "install Prometheus 2.42, PostgreSQL 15, Redis 7, curl, iproute2 and util-linux or newer"
+    "install Prometheus 2.42, PostgreSQL 15, Redis 7, Chromium, curl, iproute2 and util-linux or newer"
   [[ "$(id -u)" == 0 ]] || fail "${missing[*]}: missing, and installing them needs root" \
     "run: sudo sh -c '${command}'"
   echo "install-tools: installing ${packages[*]} with apt-get"

@@ -1,6 +1,8 @@
 """The images are built elsewhere; here, what their Dockerfiles name must exist."""
 
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.chart.rendering import CHART, REPOSITORY, effective_values
+from tests.chart.rendering import CHART, REPOSITORY, effective_values, render
 
 DOCKER = REPOSITORY / "deployments" / "docker"
 DOCKERFILES = tuple(
@@ -104,10 +106,146 @@ def test_the_gateway_image_is_slim_and_runs_as_the_chart_s_user() -> None:
 
 
 def test_ray_s_version_is_the_same_everywhere() -> None:
-    (base,) = (arg for arg in read(DOCKER / "Dockerfile.ray").all("ARG") if "BASE_IMAGE" in arg)
-    (version,) = re.findall(r"^BASE_IMAGE=rayproject/ray:(\d+\.\d+\.\d+)-", base)
+    dockerfile = read(DOCKER / "Dockerfile.ray")
+    bases = dict(arg.split("=") for arg in dockerfile.all("ARG") if "IMAGE" in arg)
+    assert set(bases) == {"RAY_LLM_IMAGE", "RAY_IMAGE"}
+    versions = {
+        re.fullmatch(r"rayproject/ray(?:-llm)?:(\d+\.\d+\.\d+)-\S+", base)[1]  # type: ignore[index]
+        for base in bases.values()
+    }
+    (version,) = versions
     assert f"ray[serve]=={version}" in project()["optional-dependencies"]["serve"]
     assert effective_values()["ray"]["version"] == version
+    checks = re.findall(r"assert [^;]*", " ".join(dockerfile.all("RUN")))
+    assert len(checks) == 2 and all(f"'{version}'" in check for check in checks)
+    (vllm,) = (each for each in project()["optional-dependencies"]["gpu"] if "vllm" in each)
+    assert f"'{vllm.partition('==')[2]}'" in checks[1]
+
+
+def test_a_dockerfile_s_list_is_no_narrower_than_the_other_builders(path: Path) -> None:
+    def entries(file: Path) -> list[str]:
+        return [line for line in file.read_text().splitlines() if not line.startswith("#")]
+
+    own = entries(path.with_name(f"{path.name}.dockerignore"))
+    assert own == entries(REPOSITORY / ".dockerignore")
+    assert own[0] == "*"
+
+
+def test_hadolint_finds_nothing(path: Path) -> None:
+    labels = ("title", "description", "licenses", "version", "revision")
+    required = [f"--require-label=org.opencontainers.image.{label}:text" for label in labels]
+    program = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run(
+        [program, "--no-color", "--strict-labels", *required, path],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_hadolint_is_able_to_find_something(tmp_path: Path) -> None:
+    wrong = tmp_path / "Dockerfile"
+    wrong.write_text("FROM python\nRUN pip install expertmesh\n")
+    program = Path(sys.executable).with_name("hadolint")
+    done = subprocess.run([program, "--no-color", wrong], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "DL3006" in done.stdout
+
+
+def test_no_image_runs_as_root(path: Path) -> None:
+    """By number, as Kubernetes' runAsNonRoot cannot look a name up."""
+    stages = path.read_text().split("\nFROM ")[1:]
+    runs = [stage for stage in stages if "ENTRYPOINT" in stage or "ray" in path.name]
+    assert runs
+    for stage in runs:
+        *_, last = re.findall(r"^USER (\S+)$", stage, re.MULTILINE)
+        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", last)
+
+
+def test_ray_s_pods_run_as_the_images_user() -> None:
+    values = effective_values()["ray"]
+    users = {read(DOCKER / "Dockerfile.ray").all("USER")[-1]}
+    for pods in (values["head"], values["workerDefaults"]):
+        security = pods["podSecurityContext"]
+        users.add(f"{security['runAsUser']}:{security['runAsGroup']}")
+    assert users == {"1000:100"}
+
+
+def test_every_base_image_has_a_version(path: Path) -> None:
+    bases = [arg.split("=", 1)[1] for arg in read(path).all("ARG") if "IMAGE=" in arg]
+    assert bases
+    assert all(re.search(r":\d", base) for base in bases)
+
+
+def copied_context(path: Path, folder: Path) -> None:
+    """What the builder sees of the repository up to the installation."""
+    for source in read(path).copied_sources():
+        target = folder / source
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (REPOSITORY / source).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(REPOSITORY / source, target, ignore=ignored)
+        else:
+            shutil.copy(REPOSITORY / source, target)
+
+
+@pytest.mark.slow
+@pytest.mark.integration
+def test_the_gateway_image_s_installation_runs_what_the_chart_starts(tmp_path: Path) -> None:
+    """The Dockerfile's own pip command, in a clean environment."""
+    path = DOCKER / "Dockerfile.gateway"
+    copied_context(path, tmp_path)
+    (install,) = (run for run in read(path).all("RUN") if "pip install" in run)
+    words = shlex.split(install.split("&&")[1])
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True, timeout=120)
+    assert words[:2] == ["/opt/expertmesh/venv/bin/pip", "install"]
+    done = subprocess.run(
+        [environment / "bin/pip", "--disable-pip-version-check", *words[1:]],
+        cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    clean = {"PATH": f"{environment}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
+
+    def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [environment / "bin" / command[0], *command[1:]],
+            cwd=tmp_path, env={**clean, **variables}, capture_output=True, text=True,
+            timeout=120, check=False,
+        )  # fmt: skip
+
+    installed = run("pip", "list", "--format=freeze").stdout.lower()
+    pinned = (REPOSITORY / "requirements" / "platform.txt").read_text().lower()
+    for name in ("sqlalchemy", "asyncpg", "redis"):
+        (line,) = (each for each in pinned.splitlines() if each.startswith(f"{name}=="))
+        assert line in installed.splitlines()
+    for name in ("ray", "torch", "vllm", "transformers", "numpy"):
+        assert f"\n{name}==" not in installed
+    for name in ("gateway", "controller"):
+        container = rendered_container(name)
+        shown = run(*container["command"], container["args"][0], "--help", COLUMNS="200")
+        assert shown.returncode == 0, shown.stderr
+        for option in (each for each in container["args"] if each.startswith("-")):
+            assert option in shown.stdout
+    store = f"sqlite+aiosqlite:///{tmp_path}/store.db"
+    migrated = run(*rendered_container("migrations")["command"], EXPERTMESH_STORE_URL=store)
+    assert migrated.returncode == 0, migrated.stderr
+    made = run("expertmesh", "keys", "create", "--tenant", "trial", EXPERTMESH_STORE_URL=store)
+    assert made.returncode == 0, made.stderr
+    # What the controller imports only where it is asked for.
+    imports = "import expertmesh.launch.kubernetes, expertmesh.launch.gateway_workers, redis"
+    assert run("python", "-c", imports).returncode == 0
+
+
+def rendered_container(name: str) -> dict[str, Any]:
+    rendered = render(values={"store.existingSecret": "expertmesh-store"})
+    kind = "Job" if name == "migrations" else "Deployment"
+    container: dict[str, Any] = rendered.one(kind, f"-{name}")["spec"]["template"]["spec"][
+        "containers"
+    ][0]
+    return container
 
 
 def test_the_default_model_stands_where_its_manifest_looks_for_it(path: Path) -> None:

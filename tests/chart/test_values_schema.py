@@ -3,12 +3,43 @@ from typing import Any
 
 import jsonschema
 import yaml
+from helm.generate_reference import REFERENCE_FILE, render_reference
 from helm.generate_schema import SCHEMA_FILE, build_schema, render_schema
 from tests.chart.rendering import CHART, REPOSITORY, effective_values
 
 
 def test_the_committed_schema_is_the_generated_one() -> None:
     assert SCHEMA_FILE.read_text() == render_schema(), "run: python -m helm.generate_schema"
+
+
+def test_the_committed_reference_is_the_generated_one() -> None:
+    assert REFERENCE_FILE.read_text() == render_reference(), (
+        "run: python -m helm.generate_reference"
+    )
+
+
+def test_the_reference_tells_of_every_value() -> None:
+    text = render_reference()
+
+    def visit(path: str, value: object) -> list[str]:
+        if path in ("platform", "models") or not isinstance(value, dict) or not value:
+            return [path]
+        return [each for key in value for each in visit(f"{path}.{key}", value[key])]
+
+    # Of a map, its own keys need no line.
+    paths = [each for key, value in effective_values().items() for each in visit(key, value)]
+    missing = [
+        path
+        for path in paths
+        if f"`{path}." not in text
+        and not any(f"`{part}`" in text or f"## {part}\n" in text for part in _and_parents(path))
+    ]
+    assert missing == []
+
+
+def _and_parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 1, -1)] or [path]
 
 
 def test_every_object_with_known_keys_is_closed() -> None:

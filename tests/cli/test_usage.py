@@ -106,6 +106,25 @@ def test_a_narrow_terminal_costs_no_digit(width: int) -> None:
         assert any("0.000005432" in line for line in lines)
 
 
+def test_bars_show_what_was_dear_and_what_of_it_was_used() -> None:
+    report = UsageReport(
+        By.POOL,
+        NOON_S,
+        NOON_S + 60,
+        {
+            "a": UsageRow(attributed_nano_usd=1_000_000_000, idle_nano_usd=1_000_000_000),
+            "b": UsageRow(attributed_nano_usd=4_500_000_000, idle_nano_usd=1_500_000_000),
+            "free": UsageRow(requests=1),
+        },
+    )
+    lines = [line.split() for line in _render(report)]
+    full, light = "\N{FULL BLOCK}", "\N{LIGHT SHADE}"
+    assert lines[0][:3] == ["capacity", "by", "pool:"]
+    assert lines[1] == ["b", full * 22 + light * 8, "6.00", "$,", "75%", "used"]
+    assert lines[2] == ["a", full * 5 + light * 5, "2.00", "$,", "50%", "used"]
+    assert lines[3][:1] != ["free"]
+
+
 def test_an_empty_report_says_so() -> None:
     text = "\n".join(_render(UsageReport(By.DAY, None, None, {})))
     assert "nothing recorded yet" in text
@@ -153,7 +172,7 @@ def test_json_by_each_grouping_adds_up(store: str, by: str, keys: list[str]) -> 
 def test_the_table_in_a_pipe_keeps_its_lines_whole(store: str) -> None:
     done = _run("--store", store)
     assert done.exit_code == 0
-    (row,) = (line for line in done.stdout.splitlines() if line.split()[:1] == ["tiny-moe"])
+    _, row = (line for line in done.stdout.splitlines() if line.split()[:1] == ["tiny-moe"])
     assert row.split()[1:] == [
         *("2", "200", "(80)", "40", "0.0000296", "0.006000000", "0.000100000", "0.004000000"),
         *("0.001900000", "0.000000000", "0.000000000", "-0.0060", "25.00", "-"),

@@ -51,7 +51,8 @@ async def _enter(look: Look, stand: Stand) -> None:
     await expect(look.page.locator("#tiles .tile")).to_have_count(10)
 
 
-async def _picture(look: Look, name: str, tmp_path: Path) -> None:
+async def _picture(look: Look, name: str, tmp_path: Path, height: int = 900) -> None:
+    await look.page.set_viewport_size({"width": 1280, "height": height})
     folder = Path(PICTURES) if PICTURES else tmp_path
     file = folder / f"console-{name}.png"
     await look.page.screenshot(path=file)
@@ -116,10 +117,7 @@ async def test_a_busy_system_shows_what_the_api_says(
             assert await cells.count() == group.data
         heat = stand.view.experts[shown.groups[0].name]
         note = await look.text(f".group[data-group='{shown.groups[0].name}'] .heat-note")
-        assert (
-            note
-            == f"Experts over the last 10 s: heaviest rank {heat.imbalance:.2f} {TIMES} the mean."
-        )
+        assert note == f"Experts, last 10 s: heaviest rank {heat.imbalance:.2f} {TIMES} the mean."
 
         row = await look.page.locator(f"tr[data-model='{QWEN}'] > *").all_inner_texts()
         assert row == [
@@ -131,7 +129,7 @@ async def test_a_busy_system_shows_what_the_api_says(
             "all => all.map(one => Number(one.dataset.seq))"
         )
         assert seqs == [one["seq"] for one in stand.view.made]
-        await _picture(look, "busy" if scheme == "light" else "busy-dark", tmp_path)
+        await _picture(look, "busy" if scheme == "light" else "busy-dark", tmp_path, 1350)
         assert look.complaints == []
 
 
@@ -142,6 +140,7 @@ async def test_values_follow_the_controller(browser: Browser, stand: Stand) -> N
         await _enter(look, stand)
         busy = busy_view()
         stand.view.shown, stand.view.made = busy.shown, busy.made
+        stand.view.now_s += 3.0
         await expect(look.page.locator("#tile-queued .value")).to_have_text("214")
         await expect(look.page.locator(".decision")).to_have_count(5)
         empty = empty_view()
@@ -252,6 +251,20 @@ async def test_without_a_session_there_is_only_the_question_who_asks(
         assert await look.page.locator("#enter").is_visible()
         await look.page.reload()
         assert await look.page.locator("#enter").is_visible()
+
+
+async def test_a_link_counts_more_than_a_session_that_has_ended(
+    browser: Browser, stand: Stand
+) -> None:
+    await stand.start()
+    async with looking(browser) as look:
+        await look.page.goto(f"{stand.url}/console/")
+        await look.page.evaluate("sessionStorage.setItem('expertmesh session', 'an old one')")
+        await look.page.reload()
+        await expect(look.page.locator("#enter-error")).to_contain_text("session has ended")
+        await look.page.evaluate("sessionStorage.setItem('expertmesh session', 'an old one')")
+        await look.page.goto("about:blank")
+        await _enter(look, stand)
 
 
 async def test_a_link_opens_once_and_leaves_the_address(browser: Browser, stand: Stand) -> None:

@@ -78,6 +78,8 @@ class RunningSystem:
         self.configs = configs or (two_pools(min_groups=1),)
         self.usd_per_hour_budget = usd_per_hour_budget
         self.clock = Clock()
+        self.skew_s = 0.0
+        """Of the controller's clock."""
         self.serve = FakeServe(self.clock, pools or {"cheap": 2, "dear": 2})
         self.journal = MemoryJournal()
         self.ledger = MemoryLedger()
@@ -91,7 +93,12 @@ class RunningSystem:
 
     def _controller(self) -> Controller:
         parts = ControllerParts(
-            self.serve, self.serve, self.journal, self.ledger, self.clock, notices=self.serve
+            self.serve,
+            self.serve,
+            self.journal,
+            self.ledger,
+            lambda: self.clock() + self.skew_s,
+            notices=self.serve,
         )
         return Controller(
             parts,

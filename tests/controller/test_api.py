@@ -90,6 +90,7 @@ async def test_a_report_of_a_newer_gateway_may_say_more(call: Call) -> None:
         ("POST", "/v1/exchange"),
         ("GET", "/v1/fleet"),
         ("GET", "/v1/decisions"),
+        ("GET", "/v1/decisions/1"),
         ("GET", "/metrics"),
         ("GET", "/no/such/path"),
         ("DELETE", "/v1/fleet"),
@@ -279,3 +280,35 @@ async def test_unknown_paths_and_methods_get_clear_errors(call: Call) -> None:
     status, body = await call("GET", "/v1/exchange")
     assert status == 405
     assert "use POST" in body["error"]["message"]
+
+
+async def test_one_decision_is_explained(call: Call) -> None:
+    first = (await call("GET", "/v1/decisions"))[1]["decisions"][-1]
+    status, told = await call("GET", f"/v1/decisions/{first['seq']}")
+    assert status == 200
+    assert (told["seq"], told["at_s"], told["model"]) == (first["seq"], first["at_s"], "tiny")
+    assert told["sentence"] == first["reason"]
+    assert told["candidates"][0]["is_chosen"]
+    assert all(each["why"] for each in told["candidates"])
+    assert told["counterfactuals"]
+    assert told["replays"]
+
+
+@pytest.mark.parametrize(
+    ("seq", "status", "code"),
+    [
+        ("99999", 404, "no_such_decision"),
+        ("0", 400, "bad_number"),
+        ("-1", 400, "bad_number"),
+        ("x", 400, "bad_number"),
+        ("1.5", 400, "bad_number"),
+        ("9" * 30, 400, "bad_number"),
+        ("9" * 18, 400, "bad_number"),
+        ("1/2", 404, "not_found"),
+    ],
+)
+async def test_a_decision_that_is_none_is_refused(
+    call: Call, seq: str, status: int, code: str
+) -> None:
+    answered, body = await call("GET", f"/v1/decisions/{seq}")
+    assert (answered, body["error"]["code"]) == (status, code)

@@ -62,6 +62,7 @@ def check_dashboard(
     scrape_timeout_s: float = 60.0,
     answer_timeout_s: float = 60.0,
     traffic: Callable[[], None] | None = None,
+    rules: dict[str, Any] | None = None,
 ) -> tuple[QueryProblem, ...]:
     """What is wrong with the dashboard's queries; empty when each of them has an answer.
 
@@ -69,7 +70,7 @@ def check_dashboard(
     moves between scrapes: `traffic` is called again and again until every query is answered or
     `answer_timeout_s` is over; without it, the targets must be busy by themselves.
     """
-    with prometheus(targets) as server:
+    with prometheus(targets, rules=rules) as server:
         server.wait_for_scrapes(scrapes, timeout_s=scrape_timeout_s)
         return server.wait_for_answers(
             panel_queries(dashboard), timeout_s=answer_timeout_s, traffic=traffic
@@ -78,9 +79,12 @@ def check_dashboard(
 
 @contextmanager
 def prometheus(
-    targets: Sequence[Target], *, scrape_interval_s: int = 1
+    targets: Sequence[Target], *, scrape_interval_s: int = 1, rules: dict[str, Any] | None = None
 ) -> Iterator["PrometheusServer"]:
-    """A Prometheus on a free loopback port; stopped, and its data removed, at the end."""
+    """A Prometheus on a free loopback port; stopped, and its data removed, at the end.
+
+    `rules`: the content of a file of rules; they are evaluated at every scrape.
+    """
     program = shutil.which("prometheus")
     if program is None:
         raise PrometheusError("prometheus is missing: run scripts/install-tools.sh")
@@ -88,7 +92,14 @@ def prometheus(
     with tempfile.TemporaryDirectory(prefix="promql-check-") as name:
         folder = Path(name)
         config = folder / "prometheus.yaml"
-        config.write_text(yaml.safe_dump(scrape_config(targets, scrape_interval_s)))
+        content = scrape_config(targets, scrape_interval_s)
+        if rules is not None:
+            often = [
+                {**group, "interval": f"{scrape_interval_s}s"} for group in rules.get("groups", ())
+            ]
+            (folder / "rules.yaml").write_text(yaml.safe_dump({"groups": often}))
+            content = {**content, "rule_files": [str(folder / "rules.yaml")]}
+        config.write_text(yaml.safe_dump(content))
         port = _free_port()
         with (folder / "log").open("wb") as log:
             process = subprocess.Popen(
@@ -179,6 +190,19 @@ class PrometheusServer:
             problem = self._problem(query.expression)
             if problem is not None:
                 found.append(QueryProblem(query.panel, query.expression, problem))
+        return tuple(found)
+
+    def rule_problems(self) -> tuple[str, ...]:
+        """Rules that could not be evaluated, or whose texts could not be filled in."""
+        groups = self._get("/api/v1/rules")["data"]["groups"]
+        found = []
+        for rule in (rule for group in groups for rule in group["rules"]):
+            if rule["health"] != "ok":
+                found.append(f"{rule['name']}: {rule['health']} {rule.get('lastError', '')}")
+            for alert in rule.get("alerts", ()):
+                texts = " ".join(alert["annotations"].values())
+                if "error" in texts.lower() and "<error" in texts.lower():
+                    found.append(f"{rule['name']}: {texts}")
         return tuple(found)
 
     def samples(self, expression: str) -> list[dict[str, Any]]:

@@ -1,9 +1,11 @@
 """The dashboards' own form: committed as generated, and fit to be read."""
 
 import itertools
+import json
 import re
 
 import pytest
+from dashboards.alerts import alerts, recordings
 from dashboards.build import GENERATED, dashboards, to_json
 from dashboards.queries import flat_panels, label_values, panel_queries, queries, series
 from grafana_foundation_sdk.models.dashboard import Dashboard
@@ -11,8 +13,13 @@ from grafana_foundation_sdk.models.dashboard import Dashboard
 from expertmesh.telemetry import metrics
 
 BOARDS = dashboards()
-SUFFIX = {"histogram": "_bucket"}
-EXPORTED = {f"{metric.name}{SUFFIX.get(metric.kind, '')}" for metric in metrics.ALL}
+SUFFIXES = {"histogram": ("_bucket", "_count")}
+EXPORTED = {
+    f"{metric.name}{suffix}"
+    for metric in metrics.ALL
+    for suffix in SUFFIXES.get(metric.kind, ("",))
+}
+RECORDED = {each.record for each in recordings()}
 
 
 @pytest.fixture(params=BOARDS.values(), ids=list(BOARDS))
@@ -64,20 +71,53 @@ def test_panels_fill_the_grid_and_do_not_overlap(board: Dashboard) -> None:
     assert len(cells) == 24 * (1 + max(y for _, y in cells))
 
 
+def asked_of(expression: str) -> set[str]:
+    recorded = set(re.findall(r"\b\w+:em_\w+:\w+", expression))
+    assert recorded <= RECORDED, expression
+    return set(re.findall(r"(?<![:\w])em_\w+", expression)) | recorded
+
+
 def test_every_query_asks_for_metrics_that_are_exported(board: Dashboard) -> None:
     for expression in queries(board):
-        asked = set(re.findall(r"\bem_\w+", expression))
+        asked = asked_of(expression)
         assert asked
-        assert asked <= EXPORTED, expression
+        assert asked <= EXPORTED | RECORDED, expression
+
+
+def test_every_metric_is_shown_or_guarded() -> None:
+    asked = {name for made in BOARDS.values() for each in queries(made) for name in asked_of(each)}
+    for rule in (*alerts(), *recordings()):
+        asked |= asked_of(rule.expr)
+    unused = {name.removesuffix("_bucket").removesuffix("_count") for name in asked}
+    # A term is told by the log, and the time of the ledger's count by its own age.
+    known = {"em_controller_term", "em_controller_ledger_timestamp_seconds"}
+    assert {metric.name for metric in metrics.ALL} - unused == known
 
 
 def test_queries_are_whole_and_their_variables_filled_in(board: Dashboard) -> None:
     shown = sum(len(panel.targets) for panel in flat_panels(board))
-    assert len(queries(board)) == shown + 2  # the variables model and pool
+    variables = [each for each in board.templating.list_val if each.type_val == "query"]
+    annotations = board.annotations.list_val or () if board.annotations else ()
+    assert {"model", "pool"} <= {each.name for each in variables}
+    assert len(queries(board)) == shown + len(variables) + len(annotations)
     assert not any("$" in expression for expression in queries(board))
     windows = panel_queries(board, rate_interval="7s", window="9m")
     assert any("[7s]" in query.expression for query in windows)
-    assert any("[9m]" in query.expression for query in windows)
+    asks_for_range = any("$__range" in t.expr for p in flat_panels(board) for t in p.targets)
+    assert any("[9m]" in query.expression for query in windows) is asks_for_range
+
+
+def test_every_board_leads_to_the_others(board: Dashboard) -> None:
+    (link,) = board.links
+    assert link.tags == board.tags == ["expertmesh"]
+    assert link.include_vars and link.keep_time
+    assert len({each.uid for each in BOARDS.values()}) == len(BOARDS) == 7
+
+
+def test_decisions_are_marks_with_what_bound_them() -> None:
+    (written,) = json.loads(to_json(BOARDS["autoscaler"]))["annotations"]["list"]
+    assert "binding" in written["textFormat"] and "action" in written["titleFormat"]
+    assert "em_controller_decisions_total" in written["expr"]
 
 
 def test_the_overview_shows_what_it_is_for() -> None:

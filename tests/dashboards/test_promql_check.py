@@ -5,16 +5,19 @@ controller in the end-to-end test.
 """
 
 import os
+import re
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from dashboards.alerts import alerts, recordings, rules
 from dashboards.build import dashboards
-from dashboards.queries import PanelQuery
+from dashboards.queries import PanelQuery, panel_queries
 from tests.dashboards import promql_check
 from tests.dashboards.promql_check import (
     PrometheusError,
@@ -59,15 +62,50 @@ def exporter() -> Iterator[Exporter]:
 
 @pytest.fixture(scope="module")
 def server(exporter: Exporter) -> Iterator[PrometheusServer]:
-    with prometheus([exporter.target()]) as running:
+    with prometheus([exporter.target()], rules=rules()) as running:
         running.wait_for_scrapes(3, timeout_s=30)
         yield running
 
 
 @pytest.mark.parametrize("name", dashboards())
-def test_every_query_is_answered(name: str, exporter: Exporter) -> None:
-    problems = check_dashboard(dashboards()[name], [exporter.target()], answer_timeout_s=20)
+def test_every_query_is_answered(name: str, server: PrometheusServer) -> None:
+    problems = server.wait_for_answers(panel_queries(dashboards()[name]), timeout_s=20)
     assert problems == (), "\n".join(map(str, problems))
+
+
+def test_every_rule_is_evaluated_and_every_expression_of_an_alert_can_be(
+    server: PrometheusServer,
+) -> None:
+    recorded = [PanelQuery(each.record, each.record) for each in recordings()]
+    problems = server.wait_for_answers(recorded, timeout_s=20)
+    assert problems == (), "\n".join(map(str, problems))
+    assert server.rule_problems() == ()
+    for alert in alerts():
+        server.samples(alert.expr)  # raises when Prometheus refuses it
+        # What it compares exists, whichever way the comparison goes.
+        for side in re.split(r" (?:and|or|unless) on \(.*?\) | or | unless ", alert.expr):
+            left = re.split(r" (?:>=|>|==|<) ", side)[0]
+            if "em_" in left and left.count("(") == left.count(")"):
+                assert server.samples(left), f"{alert.name}: {left}"
+
+
+def test_a_rule_that_cannot_be_evaluated_is_reported(exporter: Exporter) -> None:
+    broken = {
+        "groups": [
+            {
+                "name": "g",
+                "rules": [
+                    {"record": "a:b:c", "expr": "em_controller_leads / on () em_controller_groups"},
+                ],
+            }
+        ]
+    }
+    with prometheus([exporter.target()], rules=broken) as running:
+        running.wait_for_scrapes(2, timeout_s=30)
+        deadline_s = time.monotonic() + 10
+        while not (found := running.rule_problems()) and time.monotonic() < deadline_s:
+            time.sleep(0.2)
+    assert [each.partition(":c")[0] for each in found] == ["a:b"] and "many-to-many" in found[0]
 
 
 @pytest.mark.parametrize(

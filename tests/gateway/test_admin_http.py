@@ -11,7 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from tests.gateway.stand import MODEL, QUICK, Stand, group_of, served_model, standing
+from tests.gateway.stand import MODEL, QUICK, Stand, group_of, served_model, standing, until
 from tests.mock_rank import MockRank
 
 from expertmesh.core.admission.limit_book import LimitBook
@@ -261,3 +261,73 @@ async def test_who_leaves_an_admin_call_harms_nobody(desk: Desk) -> None:
         except TimeoutError:
             pass
     assert (await desk("GET", "/tenants"))[0] == 200
+
+
+async def test_every_admin_answer_has_its_id_and_a_line_in_the_access_log(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "expertmesh.gateway.audit")
+    secret = "sk-em-" + "z" * 43
+    calls = [
+        ("PUT", "/tenants/acme", {"weight": 2}, 201, "mine-1"),
+        ("GET", "/keys?limit=1", None, 200, "mine-2"),
+        ("GET", "/nothing", None, 404, "mine-3"),
+        ("PUT", "/tenants/acme", {"weight": 0}, 400, "mine-4"),
+        ("GET", f"/keys/{secret}", None, 404, "mine-5"),
+        ("GET", "/tenants", None, 200, ""),
+    ]
+    ids = []
+    for method, path, body, status, request_id in calls:
+        headers = {"x-api-key": desk.admin_secret}
+        if request_id:
+            headers["x-request-id"] = request_id
+        async with desk.stand.http.request(
+            method, f"{desk.stand.url}/admin/v1{path}", json=body, headers=headers
+        ) as response:
+            assert response.status == status
+            ids.append(response.headers["x-request-id"])
+    assert ids[:-1] == [call[4] for call in calls[:-1]]
+    assert ids[-1].startswith("req_")
+    await until(lambda: len(lines_of(desk)) == len(calls))
+    lines = lines_of(desk)
+    assert [(line["request_id"], line["method"], line["status"]) for line in lines] == [
+        (shown, method, status) for shown, (method, _, _, status, _) in zip(ids, calls, strict=True)
+    ]
+    assert {(line["tenant"], line["endpoint"]) for line in lines} == {("ops", "admin")}
+    assert all(line["key_id"].startswith("key_") and line["duration_s"] >= 0 for line in lines)
+    assert lines[1]["path"] == "/admin/v1/keys"
+    assert lines[4]["path"] == "/admin/v1/keys/…"
+    assert "sk-em-" not in desk.stand.access_log.read_text()
+    audited = [json.loads(record.message) for record in caplog.records]
+    assert [line["request_id"] for line in audited] == ["mine-1"]
+
+
+async def test_an_admin_call_that_fails_or_is_left_has_a_line_too(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def fails_or_hangs(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"].endswith("fails"):
+            raise RuntimeError("a fault")
+        await asyncio.Event().wait()
+
+    async with standing(admin=fails_or_hangs) as stand:
+        admin = await stand.key("ops", admin=True)
+        headers = {"x-api-key": admin}
+        async with stand.http.get(f"{stand.url}/admin/v1/fails", headers=headers) as response:
+            assert response.status == 500
+            assert response.headers["x-request-id"].startswith("req_")
+        with pytest.raises(TimeoutError):
+            await stand.http.get(
+                f"{stand.url}/admin/v1/hangs",
+                headers=headers,
+                timeout=aiohttp.ClientTimeout(total=0.2),
+            )
+        await until(lambda: len(stand.log_lines()) == 2)
+        assert [(line["path"], line["status"]) for line in stand.log_lines()] == [
+            ("/admin/v1/fails", 500),
+            ("/admin/v1/hangs", 499),
+        ]
+
+
+def lines_of(desk: Desk) -> list[dict[str, Any]]:
+    return [line for line in desk.stand.log_lines() if line["endpoint"] == "admin"]

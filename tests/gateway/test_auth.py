@@ -15,7 +15,7 @@ from tests.gateway.memory_store import MemoryKeys
 from expertmesh.core.domain.tenant import Account, Caller, Limits, Tenant
 from expertmesh.gateway.auth import KeyRing
 from expertmesh.store.database import Database, open_database
-from expertmesh.store.keys import KeyBook
+from expertmesh.store.keys import KeyBook, is_well_formed
 from expertmesh.store.tenants import TenantBook
 
 NOW_S = 1_767_268_800.0
@@ -157,6 +157,127 @@ async def test_a_store_that_hangs_counts_as_away(
     async with asyncio.timeout(5):
         await ring.refresh()
     assert ring.find(SECRET.encode(), NOW_S) is not None
+
+
+@pytest.fixture
+async def running_ring(keys: MemoryKeys) -> AsyncIterator[KeyRing]:
+    """Loaded; it does not look again unless it is asked to."""
+    ring = KeyRing(keys, 60.0)
+    task = asyncio.create_task(ring.run())
+    await asyncio.sleep(0.3)
+    assert ring.loaded
+    yield ring
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+def secret_of(number: int) -> bytes:
+    return b"sk-em-%043d" % number
+
+
+async def test_unknown_keys_share_one_look_that_begins_after_they_came(
+    keys: MemoryKeys, running_ring: KeyRing
+) -> None:
+    keys.add(SECRET, "acme")
+    before = keys.reads
+    looks = [running_ring.next_look(secret_of(number)) for number in range(50)]
+    looks.append(running_ring.next_look(SECRET.encode()))
+    assert None not in looks
+    async with asyncio.timeout(0.8):
+        await asyncio.gather(*(look for look in looks if look is not None))
+    assert keys.reads == before + 1
+    assert running_ring.find(SECRET.encode(), NOW_S) is not None
+
+
+async def test_a_look_that_is_under_way_does_not_count_for_a_later_key(
+    keys: MemoryKeys, running_ring: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, goes_on = keys.version, asyncio.Event()
+
+    async def slow() -> int:
+        seen = await version()
+        await goes_on.wait()
+        return seen
+
+    monkeypatch.setattr(keys, "version", slow)
+    first = running_ring.next_look(secret_of(1))
+    await asyncio.sleep(0.05)
+    keys.add(SECRET, "acme")
+    second = running_ring.next_look(SECRET.encode())
+    assert first is not None and second is not None
+    goes_on.set()
+    await first
+    assert not second.done() and running_ring.find(SECRET.encode(), NOW_S) is None
+    await second
+    assert running_ring.find(SECRET.encode(), NOW_S) is not None
+
+
+async def test_only_what_may_be_a_new_key_is_worth_a_look(
+    keys: MemoryKeys, running_ring: KeyRing
+) -> None:
+    ill_formed = (
+        b"",
+        b"sk-em-",
+        SECRET.encode()[:-1],
+        SECRET.encode() + b"a",
+        SECRET.encode() + b"\n",
+        b"sk-xx-" + b"a" * 43,
+        b"sk-em-" + b"." * 43,
+        b"sk-em-" + b"\xe4" * 43,
+    )
+    assert [running_ring.next_look(secret) for secret in ill_formed] == [None] * len(ill_formed)
+    keys.add(SECRET, "acme", expires_at_s=NOW_S)
+    look = running_ring.next_look(SECRET.encode())
+    assert look is not None
+    await look
+    assert running_ring.find(SECRET.encode(), NOW_S) is None
+    assert running_ring.next_look(SECRET.encode()) is None, "it is known, and has expired"
+    assert KeyRing(keys, 1.0).next_look(SECRET.encode()) is None, "nothing is loaded yet"
+
+
+async def test_every_made_key_is_well_formed(database: Database) -> None:
+    book = KeyBook(database)
+    for _ in range(20):
+        assert is_well_formed((await book.create("acme", "", time.time())).secret.encode())
+
+
+async def test_waiting_requests_and_looks_are_bounded(
+    keys: MemoryKeys, running_ring: KeyRing
+) -> None:
+    before, numbers, most = keys.reads, iter(range(10**6)), 0
+    until_s = time.monotonic() + 1.5
+    while time.monotonic() < until_s:
+        looks = [running_ring.next_look(secret_of(next(numbers))) for _ in range(1000)]
+        most = max(most, sum(look is not None for look in looks))
+        await asyncio.sleep(0.02)
+    assert most == 128
+    assert 3 <= keys.reads - before <= 7
+
+
+async def test_a_look_that_takes_too_long_is_given_up(
+    keys: MemoryKeys, running_ring: KeyRing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hangs() -> int:
+        await asyncio.Event().wait()
+        return 0
+
+    monkeypatch.setattr(keys, "version", hangs)
+    began_s = time.monotonic()
+    for _ in range(2):
+        looks = [running_ring.next_look(secret_of(number)) for number in range(128)]
+        assert None not in looks and running_ring.next_look(secret_of(128)) is None
+        await asyncio.gather(*(look for look in looks if look is not None))
+    assert time.monotonic() - began_s < 2.5
+
+
+async def test_nobody_waits_for_a_store_that_is_known_to_be_away(
+    keys: MemoryKeys, running_ring: KeyRing
+) -> None:
+    keys.error = OSError("no store")
+    look = running_ring.next_look(SECRET.encode())
+    assert look is not None
+    await look
+    assert running_ring.next_look(SECRET.encode()) is None
 
 
 _Change = tuple[int, int | None]

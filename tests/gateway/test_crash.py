@@ -3,6 +3,7 @@
 import asyncio
 import random
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -164,6 +165,31 @@ async def test_a_stream_cut_off_by_a_kill_is_paid_as_far_as_it_was_seen(place: S
     (row,) = await place.rows(1)
     assert row.outcome is Outcome.ERROR and row.key_id == key.id
     assert row.completion_tokens - got.tokens in (0, 1)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_stop_does_not_wait_for_a_locked_store_and_loses_nothing(
+    place: Site, workers: int
+) -> None:
+    key = await place.key()
+    gateway = await place.start("--workers", str(workers))
+    with write_lock(place):
+        answers = await asyncio.gather(
+            *(ask(place.spread, gateway.url, key, number) for number in range(40))
+        )
+        assert {answer.status for answer in answers} == {200}
+        await asyncio.sleep(1.5)  # a write waits for the lock by now
+        began_s = time.monotonic()
+        assert await gateway.stop() == 0
+        assert time.monotonic() - began_s < 10  # it is about 5 s where nobody else computes
+        assert "Traceback" not in gateway.errors
+        assert "stay in" in gateway.errors
+        assert await place.ledger.usage() == ()
+    await place.start()
+    rows = await place.rows(40)
+    used = sorted((row.prompt_tokens, row.completion_tokens) for row in rows)
+    assert used == sorted(answer.counted for answer in answers if answer.counted)
 
 
 async def test_a_locked_store_delays_rows_and_nothing_else(place: Site) -> None:

@@ -1,10 +1,15 @@
 """Limits in a real Redis."""
 
 import asyncio
+import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from random import Random
+from typing import Any
 
 import pytest
 import redis
@@ -56,10 +61,16 @@ def limiter_at(
     source: SpendSource | None = None,
     timeout_s: float = 5.0,
     reservation_s: float = 1e9,
+    lease_s: float = 10.0,
 ) -> RedisLimiter:
     """Most tests live in January, so that reservations must not be too old for the real clock."""
     return RedisLimiter(
-        server.url, source, choice, timeout_s=timeout_s, reservation_s=reservation_s
+        server.url,
+        source,
+        choice,
+        timeout_s=timeout_s,
+        reservation_s=reservation_s,
+        lease_s=lease_s,
     )
 
 
@@ -200,29 +211,122 @@ async def test_a_fraction_of_a_nano_dollar_is_rounded_up(server: RedisServer) ->
         assert isinstance(answer, asyncio.Future) and isinstance(await answer, Refused)
 
 
-async def test_reservations_of_a_killed_gateway_stay_as_estimated(server: RedisServer) -> None:
+async def test_a_reservation_that_is_too_old_stays_as_estimated(server: RedisServer) -> None:
     acme = account(usd_per_day=1.0, concurrent_requests=1)
     now_s = time.time()
-    killed = limiter_at(server, reservation_s=0.2)
-    task = asyncio.create_task(killed.run())
-    assert await killed.wait_connected(5)
-    assert isinstance(await reserve(killed, "a", acme, usd=0.75, at_s=now_s), Reserved)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    limiter = limiter_at(server)
+    limiter = limiter_at(server, reservation_s=0.2)
     async with running(limiter):
         assert await limiter.wait_connected(5)
+        assert isinstance(await reserve(limiter, "a", acme, usd=0.75, at_s=now_s), Reserved)
         await asyncio.sleep(0.2)
         await limiter._give_up_lost()
         assert isinstance(await reserve(limiter, "b", acme, usd=0.25, at_s=now_s), Reserved)
         assert isinstance(await reserve(limiter, "c", acme, usd=0.25, at_s=now_s), Refused)
-        killed.settle("a", 0, 0, now_s)
-        await settled(killed)
+        limiter.settle("a", 0, 0, now_s)
         limiter.settle("b", 0, PICO // 4, now_s)
         await settled(limiter)
         answer = await reserve(limiter, "c", acme, usd=0.25, at_s=now_s)
         assert isinstance(answer, Refused) and answer.kind is LimitKind.USD_PER_DAY
-    await killed.close()
+
+
+_HOLDER = """
+import asyncio, sys, time
+from expertmesh.core.admission.reservation import Estimate, Reserved
+from expertmesh.core.domain.tenant import Account, Limits
+from expertmesh.gateway.redis_limiter import RedisLimiter
+
+async def main():
+    limiter = RedisLimiter(sys.argv[1], None, "closed", timeout_s=5.0, lease_s=float(sys.argv[2]))
+    task = asyncio.create_task(limiter.run())
+    assert await limiter.wait_connected(5)
+    acme = Account("tenant:acme", Limits(concurrent_requests=200, usd_per_day=1.0))
+    for number in range(200):
+        answer = await limiter.reserve(f"h{number}", (acme,), Estimate(0, 10**9), time.time())
+        assert isinstance(answer, Reserved)
+    print("holds", flush=True)
+    await task
+
+asyncio.run(main())
+"""
+HOLDS: dict[str, Any] = {"concurrent_requests": 200, "usd_per_day": 1.0}
+
+
+@contextmanager
+def holder(server: RedisServer, lease_s: float) -> Iterator["subprocess.Popen[bytes]"]:
+    """A process that holds all of the concurrent requests."""
+    with subprocess.Popen(
+        (
+            *("setpriv", "--pdeathsig", "KILL"),
+            *(sys.executable, "-c", _HOLDER, server.url, str(lease_s)),
+        ),
+        stdout=subprocess.PIPE,
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == b"holds\n"
+            yield process
+        finally:
+            process.kill()
+
+
+async def test_what_a_killed_gateway_holds_ends_with_its_lease(server: RedisServer) -> None:
+    acme, now_s = account(**HOLDS), time.time()
+    limiter = limiter_at(server, lease_s=3.0)
+    async with running(limiter):
+        assert await limiter.wait_connected(5)
+        with holder(server, 3.0) as process:
+            await asyncio.sleep(4.5)
+            answer = await reserve(limiter, "a", acme, at_s=now_s)
+            assert isinstance(answer, Refused), "a gateway that lives keeps its lease"
+            assert answer.kind is LimitKind.CONCURRENT_REQUESTS
+            process.send_signal(signal.SIGKILL)
+            killed_s = time.monotonic()
+            while isinstance(await reserve(limiter, "a", acme, usd=0.8, at_s=now_s), Refused):
+                assert time.monotonic() - killed_s < 9.0
+                await asyncio.sleep(0.05)
+            # Nobody knows what its requests cost: money stays as estimated.
+            answer = await reserve(limiter, "b", acme, usd=0.001, at_s=now_s)
+            assert isinstance(answer, Refused) and answer.kind is LimitKind.USD_PER_DAY
+        with redis.Redis(port=server.port) as client:
+            assert client.hlen("expertmesh:limits:held") == 1
+            assert client.zcard("expertmesh:limits:gateways") == 1
+            assert client.hget("expertmesh:limits:account:tenant:acme", "o") == b"1"
+
+
+async def test_a_gateway_that_starts_frees_what_a_killed_one_held(server: RedisServer) -> None:
+    acme = account(**HOLDS)
+    with holder(server, 3.0):
+        pass  # and killed
+    limiter = limiter_at(server, lease_s=3.0)
+    async with running(limiter):
+        assert await limiter.wait_connected(5)
+        started_s = time.monotonic()
+        while isinstance(await reserve(limiter, "a", acme, at_s=time.time()), Refused):
+            assert time.monotonic() - started_s < 9.0
+            await asyncio.sleep(0.05)
+
+
+async def test_no_gateway_is_lost_because_redis_was_away(server: RedisServer) -> None:
+    acme = account(concurrent_requests=1)
+    first, second = (limiter_at(server, timeout_s=0.2, lease_s=3.0) for _ in range(2))
+    async with running(first), running(second):
+        assert await first.wait_connected(5) and await second.wait_connected(5)
+        assert isinstance(await reserve(first, "a", acme, at_s=time.time()), Reserved)
+        await asyncio.sleep(3.5)
+        server.freeze()
+        try:
+            await until(lambda: not first.connected and not second.connected, "the outage")
+            await asyncio.sleep(3.5)
+        finally:
+            server.thaw()
+        assert await first.wait_connected(5) and await second.wait_connected(5)
+        until_s = time.monotonic() + 4.5
+        while time.monotonic() < until_s:
+            answer = await reserve(second, "b", acme, at_s=time.time())
+            assert isinstance(answer, Refused) and answer.kind is LimitKind.CONCURRENT_REQUESTS
+            await asyncio.sleep(0.05)
+        first.settle("a", 0, 0, time.time())
+        await settled(first)
+        assert isinstance(await reserve(second, "b", acme, at_s=time.time()), Reserved)
 
 
 async def test_keys_of_accounts_expire_and_nothing_else_is_left(server: RedisServer) -> None:
@@ -235,12 +339,16 @@ async def test_keys_of_accounts_expire_and_nothing_else_is_left(server: RedisSer
             assert 31 * 86_400 < client.ttl(key) <= 40 * 86_400  # type: ignore[operator]
             assert sorted(client.keys("*")) == [  # type: ignore[type-var, arg-type]
                 key,
+                "expertmesh:limits:gateways",
                 "expertmesh:limits:held",
-                "expertmesh:limits:open",
+                f"expertmesh:limits:open:{limiter._gateway}",
             ]
             limiter.settle("a", 0, 0, NOON_S)
             await settled(limiter)
-            assert client.keys("*") == [key]
+            assert sorted(client.keys("*")) == [  # type: ignore[type-var, arg-type]
+                key,
+                "expertmesh:limits:gateways",
+            ]
 
 
 async def test_a_caller_that_goes_away_owes_nothing(server: RedisServer) -> None:

@@ -185,6 +185,16 @@ async def test_a_new_bound_of_the_queue_counts_for_requests_that_come_later(
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_key_works_from_the_moment_it_is_made(tmp_path: Path, workers: int) -> None:
+    async with site(tmp_path) as place:
+        gateway = await place.start("--workers", str(workers))
+        for number in range(8):
+            key = await place.key()
+            assert (await ask(place.spread, gateway.url, key, number)).status == 200
+
+
+@pytest.mark.integration
 async def test_a_revoked_key_of_the_real_store(tmp_path: Path) -> None:
     async with site(tmp_path) as place:
         key = await place.key()

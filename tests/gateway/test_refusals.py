@@ -13,6 +13,7 @@ from anthropic import AuthenticationError as AnthropicAuthenticationError
 from anthropic import BadRequestError as AnthropicBadRequestError
 from anthropic import NotFoundError as AnthropicNotFoundError
 from openai import AsyncOpenAI, AuthenticationError, BadRequestError, NotFoundError
+from prometheus_client.parser import text_string_to_metric_families
 from tests.gateway.stand import (
     MODEL,
     QUICK,
@@ -363,12 +364,16 @@ async def test_health_readiness_and_metrics_ask_for_what_they_should(
         f"{stand.url}/metrics", headers={"Authorization": "Bearer mesh-secret"}
     ) as response:
         text = await response.text()
-    assert (
-        'em_gateway_requests_total{endpoint="chat_completions",model="tiny-moe",status="200"} 1.0'
-        in text
-    )
-    assert 'em_gateway_in_flight_requests{group="em-tiny-moe-pool-a-0",model="tiny-moe"' in text
-    assert 'em_gateway_queued_requests{model="tiny-moe"} 0.0' in text
+    samples = [
+        (sample.name, sample.labels, sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    ]
+    asked = {"endpoint": "chat_completions", "model": MODEL, "status": "200"}
+    assert ("em_gateway_requests_total", asked, 1.0) in samples
+    assert ("em_gateway_queued_requests", {"model": MODEL}, 0.0) in samples
+    in_flight = [labels for name, labels, _ in samples if name == "em_gateway_in_flight_requests"]
+    assert [(one["group"], one["model"]) for one in in_flight] == [("em-tiny-moe-pool-a-0", MODEL)]
 
 
 async def test_model_list_in_both_shapes(stand: Stand, rank: MockRank) -> None:

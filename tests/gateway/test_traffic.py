@@ -117,6 +117,25 @@ async def test_a_request_that_two_ranks_are_asked_for_counts_once(stand: Stand) 
     assert traffic.uncached_prompt_tokens_total == 4 * PROMPT_TOKENS
 
 
+async def test_each_prompt_may_be_as_long_as_the_model_allows(stand: Stand) -> None:
+    await stand.show(group_of(await stand.rank()))
+    text = "x" * 8_000
+
+    async def arrived(path: str, **fields: Any) -> int:
+        before = stand.service.view.count_of(MODEL).arrived_prompt_tokens
+        async with stand.post(path, {"model": MODEL, **fields}) as response:
+            assert response.status == 200
+        return stand.service.view.count_of(MODEL).arrived_prompt_tokens - before
+
+    # By four bytes to a token; the mock rank's own count would change that guess.
+    stand.service.app._sizes.learn = lambda *_: None  # type: ignore[method-assign]
+    most = served_model().max_model_len
+    assert await arrived("/v1/embeddings", input=[text] * 20) == pytest.approx(40_000, rel=0.01)
+    assert await arrived("/v1/completions", prompt=[text] * 5) == pytest.approx(10_000, rel=0.01)
+    assert await arrived("/v1/embeddings", input=text * 20) == most
+    assert await arrived("/v1/embeddings", input=[text * 10] * 2) == 2 * most
+
+
 async def test_what_a_tenants_limits_refuse_has_not_arrived() -> None:
     async with standing(book=LimitBook()) as stand:
         rank = await stand.rank()

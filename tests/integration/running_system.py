@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -115,9 +115,14 @@ class RunningSystem:
 
 @contextlib.contextmanager
 def running_system(
-    folder: Path, *, groups: tuple[int, int] = (1, 1), nodes: int = 2, **scaling: Any
+    folder: Path,
+    *,
+    groups: tuple[int, int] = (1, 1),
+    nodes: int = 2,
+    pools: Sequence[dict[str, Any]] = (),
+    **scaling: Any,
 ) -> Iterator[RunningSystem]:
-    system = start_system(folder, groups=groups, nodes=nodes, **scaling)
+    system = start_system(folder, groups=groups, nodes=nodes, pools=pools, **scaling)
     try:
         wait_until(
             lambda: _is_up(system), _START_TIMEOUT_S, "the system is up", lambda: system.log("up")
@@ -135,10 +140,13 @@ def start_system(
     command: str = "up",
     groups: tuple[int, int] = (1, 1),
     nodes: int = 2,
+    pools: Sequence[dict[str, Any]] = (),
     **scaling: Any,
 ) -> RunningSystem:
     ports = free_ports(3)
-    platform_file, deployment_file = write_manifests(folder, ports, groups, nodes, scaling)
+    platform_file, deployment_file = write_manifests(
+        folder, ports, groups, pools or two_pools(nodes), scaling
+    )
     with (folder / "up.log").open("wb") as log:
         process = subprocess.Popen(
             [
@@ -179,34 +187,42 @@ def write_manifests(
     folder: Path,
     ports: list[int],
     groups: tuple[int, int],
-    nodes: int,
+    pools: Sequence[dict[str, Any]],
     scaling: dict[str, Any],
 ) -> tuple[Path, Path]:
-    """Two pools with different prices, each of `nodes` nodes with room for one rank."""
     platform = {
         "kind": "Platform",
         "name": "test",
-        "pools": [
-            {
-                "name": name,
-                "market": "local",
-                "usd_per_node_hour": price,
-                "nodes": {"min": nodes, "max": nodes},
-            }
-            for name, price in (("cheap", 0.30), ("dear", 0.45))
-        ],
+        "pools": list(pools),
         "gateway": {"port": ports[0]},
         "controller": {"port": ports[1]},
         "ray_dashboard_port": ports[2],
     }
     deployment = yaml.safe_load((REPOSITORY / "deployments/tiny-moe.yaml").read_text())
     deployment["model"]["source"] = str(REPOSITORY / "models/tiny-qwen3-moe")
-    deployment["pools"] = ["cheap", "dear"]
+    deployment["pools"] = [pool["name"] for pool in pools]
+    # A budget is for those tests that name one.
+    del deployment["scaling"]["budget"]
     deployment["scaling"] |= {"groups": {"min": groups[0], "max": groups[1]}} | scaling
     files = folder / "platform.yaml", folder / "tiny-moe.yaml"
     for file, manifest in zip(files, (platform, deployment), strict=True):
         file.write_text(yaml.safe_dump(manifest))
     return files
+
+
+def pool(name: str, usd_per_node_hour: float, nodes: int = 2, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "market": "local",
+        "usd_per_node_hour": usd_per_node_hour,
+        "nodes": {"min": nodes, "max": nodes},
+        **more,
+    }
+
+
+def two_pools(nodes: int) -> list[dict[str, Any]]:
+    """With different prices, each of `nodes` nodes with room for one rank."""
+    return [pool("cheap", 0.30, nodes), pool("dear", 0.45, nodes)]
 
 
 def free_ports(count: int) -> list[int]:

@@ -4,14 +4,27 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.integration.running_system import REPOSITORY, start_system, stop_system, wait_until_gone
+from tests.integration.running_system import (
+    REPOSITORY,
+    pool,
+    start_system,
+    stop_system,
+    wait_until_gone,
+)
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow]
 
 
 def test_the_demo_tells_its_whole_story(tmp_path: Path) -> None:
-    scaling = {"target_in_flight_per_group": 8, "up_delay_s": 3, "down_delay_s": 15}
-    system = start_system(tmp_path, command="demo", groups=(1, 2), **scaling)
+    scaling = {
+        **{"target_in_flight_per_group": 8, "up_delay_s": 3, "down_delay_s": 15},
+        "budget": {"usd_per_hour": 1.60},
+    }
+    pools = [
+        pool("cheap", 0.30, market="spot"),
+        pool("dear", 0.90, cpus_per_node=2),
+    ]
+    system = start_system(tmp_path, command="demo", groups=(1, 3), pools=pools, **scaling)
     try:
         assert system.process.wait(480) == 0, system.log("up")
     finally:
@@ -23,6 +36,13 @@ def test_the_demo_tells_its_whole_story(tmp_path: Path) -> None:
     assert any("starting em-tiny-moe-cheap-1" in reason for reason in reasons)
     assert any("starting em-tiny-moe-dear-2" in reason for reason in reasons)
     assert any("draining em-tiny-moe-dear-2" in reason for reason in reasons)
+    budget = "a group in pool dear at $0.90/h exceeds the budget of $1.60/h"
+    assert any(budget in reason for reason in reasons)
+    notice = r"draining em-tiny-moe-cheap-1: a node of it will be taken away in \d+ s"
+    assert any(re.search(notice, reason) for reason in reasons)
+    assert any("starting em-tiny-moe-dear-3" in reason for reason in reasons)
+    assert "a node of cheap is gone" in told
+    assert "em-tiny-moe-cheap-1 had moved to pool dear as em-tiny-moe-dear-3; 0 requests" in told
     sum_told = r"capacity ([\d.]+) \$ = ((?:(?: ?\+ )?[a-z ]+ [\d.]+ \$)+)"
     money = re.search(sum_told, " ".join(told.split()))
     assert money is not None

@@ -13,8 +13,12 @@ import httpx
 import openai
 import psutil
 import pytest
-from tests.dashboards.promql_check import Target, check_dashboard
+from tests.dashboards.promql_check import PrometheusServer, Target, prometheus
 from tests.integration.running_system import MODEL, RunningSystem, wait_until
+
+from expertmesh.store.database import open_database
+from expertmesh.store.ledger import Ledger
+from expertmesh.store.report import usage_cells
 
 pytestmark = [pytest.mark.integration]
 
@@ -322,8 +326,36 @@ def test_status_shows_the_group(system: RunningSystem) -> None:
     assert "ready" in shown and "cheap" in shown and "0.60" in shown
 
 
-async def test_every_panel_of_the_dashboard_shows_data(system: RunningSystem, key: str) -> None:
+MAY_BE_EMPTY = {
+    "Advice": "the model's mode is act",
+    "Budget left today": "it has no budget",
+    "Clients that went away": "others stay to the end",
+    "Earned, and the same at providers": "no provider serves it",
+    "Failing steps": "none fails",
+    "Forecast error": "a forecast falls due after as long as a start takes",
+    "Power of the accelerators": "it runs on CPUs",
+    "Ranks that get no requests": "none has failed",
+    "Refused by a limit": "the tenant has no limit",
+    "Sent again": "no attempt fails",
+    "Sent to providers": "there is none",
+    "Spend rate by model and pool": "it has no budget",
+    "Spot zones": "no pool is spot",
+    "Starts": "its group started before Prometheus",
+    "Time of a request over the plan": "nothing is planned on CPUs",
+    "Turned away": "there is room",
+    "Wait in the queue": "nobody waits",
+    "Wait of requests that waited": "nobody waits",
+    "annotation Decisions": "nothing is decided on",
+}
+"""Panels with a query that has nothing to show in a system that is well, and why."""
+
+
+async def test_every_query_of_every_panel_and_alert_is_answered(
+    system: RunningSystem, key: str
+) -> None:
+    from dashboards.alerts import alerts, recordings, rules
     from dashboards.build import dashboards
+    from dashboards.queries import PanelQuery, panel_queries
 
     def traffic() -> None:
         client = openai.OpenAI(base_url=f"{system.gateway_url}/v1", api_key=key)
@@ -332,17 +364,121 @@ async def test_every_panel_of_the_dashboard_shows_data(system: RunningSystem, ke
         ):
             pass
 
+    def check() -> None:
+        asked = [query for board in dashboards().values() for query in panel_queries(board)]
+        asked += [PanelQuery(each.record, each.record) for each in recordings()]
+        wanted = [query for query in asked if query.panel not in MAY_BE_EMPTY]
+        with prometheus(scraped(system), rules=rules()) as server:
+            server.wait_for_scrapes(3, timeout_s=60)
+            # The ledger is counted two minutes late.
+            problems = server.wait_for_answers(wanted, timeout_s=200, traffic=traffic)
+            assert not problems, "\n".join(map(str, problems))
+            others = [query for query in asked if query.panel in MAY_BE_EMPTY]
+            refused = [each for each in server.problems(others) if "refused" in each.problem]
+            assert not refused, refused
+            for alert in alerts():
+                server.samples(alert.expr)  # raises when it is refused
+            assert server.rule_problems() == ()
+            firing = server.samples('ALERTS{alertstate="firing"}')
+            assert not firing, firing
+
+    await asyncio.to_thread(check)
+
+
+async def test_what_is_shown_is_what_clients_saw_and_what_the_ledger_holds(
+    system: RunningSystem, key: str
+) -> None:
+    """Requests, tokens, latency, revenue and cost, each within 2 %."""
+    headers = {"Authorization": f"Bearer {key}"}
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 250, "ignore_eos": True}
+
+    def ask(client: httpx.Client) -> tuple[float, dict[str, Any]]:
+        began_s = time.perf_counter()
+        answer = client.post(
+            f"{system.gateway_url}/v1/chat/completions", headers=headers, json=body, timeout=60
+        )
+        took_s = time.perf_counter() - began_s
+        return took_s, dict(answer.raise_for_status().json()["usage"])
+
+    def usage() -> dict[str, Any]:
+        return dict(json.loads(system.run("usage", "--json").stdout)["total"])
+
+    shown = {
+        "requests": 'sum(em_gateway_requests_total{status="200"})',
+        "tokens in": 'sum(em_gateway_tokens_total{direction=~"in|cached"})',
+        "tokens out": 'sum(em_gateway_tokens_total{direction="out"})',
+        "seconds": "sum(em_gateway_request_duration_seconds_sum)",
+        "tenant's tokens": 'sum(em_gateway_tenant_tokens_total{tenant="tests"})',
+        "revenue": "sum(em_gateway_tariff_usd_total)",
+        "judged": "sum(em_gateway_slo_requests_total)",
+    }
+
+    def read(server: PrometheusServer) -> dict[str, float]:
+        time.sleep(3)  # two scrapes
+        return {
+            name: float(server.samples(expression)[0]["value"][1])
+            for name, expression in shown.items()
+        }
+
+    def check() -> None:
+        with httpx.Client() as client, prometheus(scraped(system)) as server:
+            ask(client)
+            server.wait_for_scrapes(3, timeout_s=60)
+            ledger, before = usage(), read(server)
+            answers = [ask(client) for _ in range(8)]
+            after = read(server)
+            grown = {name: after[name] - before[name] for name in shown}
+            tokens_in = sum(counts["prompt_tokens"] for _, counts in answers)
+            tokens_out = sum(counts["completion_tokens"] for _, counts in answers)
+            assert grown["requests"] == grown["judged"] == len(answers)
+            assert grown["tokens in"] == tokens_in and grown["tokens out"] == tokens_out
+            assert grown["tenant's tokens"] == tokens_in + tokens_out
+            assert grown["seconds"] == pytest.approx(sum(took for took, _ in answers), rel=0.02)
+
+            def recorded() -> bool:
+                return bool(usage()["requests"] == ledger["requests"] + len(answers))
+
+            wait_until(recorded, 15, "the ledger holds the requests")
+            now = usage()
+            assert now["prompt_tokens"] - ledger["prompt_tokens"] == tokens_in
+            assert now["completion_tokens"] - ledger["completion_tokens"] == tokens_out
+            revenue = Decimal(now["tariff_usd"]) - Decimal(ledger["tariff_usd"])
+            assert grown["revenue"] == pytest.approx(float(revenue), rel=0.02)
+            costs = server.samples("em_controller_cost_usd_total")
+            (until,) = server.samples("em_controller_ledger_timestamp_seconds")
+            (spent,) = server.samples("sum(em_controller_spend_usd_total)")
+            by_ledger, held_usd = asyncio.run(
+                _cost(system.state.store_url, float(until["value"][1]), float(spent["value"][0]))
+            )
+            shown_usd = sum(float(each["value"][1]) for each in costs)
+            assert shown_usd == pytest.approx(by_ledger, rel=0.02)
+            assert float(spent["value"][1]) == pytest.approx(held_usd, rel=0.02)
+
+    await asyncio.to_thread(check)
+
+
+async def _cost(store_url: str, until_s: float, now_s: float) -> tuple[float, float]:
+    """By the ledger's report until then, and of the groups that are held until now."""
+    database = await open_database(store_url)
+    try:
+        ledger = Ledger(database)
+        cells = (await usage_cells(ledger, None, until_s)).cells
+        report = sum(row.capacity_nano_usd for row in cells.values()) / 1e9
+        held = sum(
+            hold.usd_per_hour * ((hold.ended_at_s or now_s) - hold.started_at_s) / 3600
+            for hold in await ledger.capacity()
+        )
+        return report, float(held)
+    finally:
+        await database.close()
+
+
+def scraped(system: RunningSystem) -> list[Target]:
     token = system.state.mesh_token()
-    problems = await asyncio.to_thread(
-        check_dashboard,
-        dashboards()["overview"],
-        [
-            Target("gateway", system.gateway_url.removeprefix("http://"), token),
-            Target("controller", system.controller_url.removeprefix("http://"), token),
-        ],
-        traffic=traffic,
-    )
-    assert not problems, problems
+    return [
+        Target("gateway", system.gateway_url.removeprefix("http://"), token),
+        Target("controller", system.controller_url.removeprefix("http://"), token),
+    ]
 
 
 def test_a_second_system_in_the_folder_and_a_port_in_use_are_refused(

@@ -44,6 +44,7 @@ def test_the_gateway_gets_the_platform_file_a_folder_and_its_workers(local: Loca
         "--config": str(Path.cwd() / "platform.yaml"),
         "--state-dir": str(Path.cwd() / ".expertmesh" / "here" / "gateway"),
         "--workers": "3",
+        "--allow-origin": "http://127.0.0.1:8090",
     }
     app = typer.Typer()
     app.command()(gateway_command)

@@ -9,6 +9,7 @@ from expertmesh.errors import UpstreamUnavailable
 from expertmesh.serving.expert_load import (
     ExpertLoadExtension,
     LayerLoad,
+    RecentLoads,
     WireLoad,
     add_loads,
     layer_index,
@@ -56,3 +57,15 @@ def test_loads_of_ranks_add_up_layer_by_layer() -> None:
 )
 def test_layer_number_from_vllm_s_layer_name(name: str, index: int) -> None:
     assert layer_index(name) == index
+
+
+def test_peaks_are_of_the_last_readings_alone() -> None:
+    recent = RecentLoads(readings=2)
+    assert recent.peaks() == {}
+    recent.saw((LayerLoad(0, ((0, 100), (1, 0))), LayerLoad(1, ((0, 5), (1, 5)))))
+    assert recent.peaks() == {}
+    recent.saw((LayerLoad(0, ((0, 101), (1, 3))), LayerLoad(1, ((0, 5), (1, 5)))))
+    # The second layer had no token.
+    assert recent.peaks() == {"0": (3, 4, 2)}
+    recent.saw((LayerLoad(0, ((0, 103), (1, 3))), LayerLoad(1, ((0, 9), (1, 5)))))
+    assert recent.peaks() == {"0": (2, 2, 2), "1": (4, 4, 2)}

@@ -91,7 +91,7 @@ async def test_sqlite_is_set_up_for_several_processes(tmp_path: Path) -> None:
     await database.close()
     assert pragmas == {
         "journal_mode": "wal",
-        "busy_timeout": 30_000,
+        "busy_timeout": 1_000,
         "foreign_keys": 1,
         "synchronous": 2,
     }

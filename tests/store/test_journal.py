@@ -1,9 +1,10 @@
 import asyncio
+import json
 import math
 from dataclasses import dataclass
 
 import pytest
-from sqlalchemy import delete
+from sqlalchemy import delete, select
 
 from expertmesh.core.metering.usage import Outcome
 from expertmesh.store.database import Database
@@ -99,3 +100,57 @@ async def test_numbers_appear_in_order_under_concurrent_writers(database: Databa
         await asyncio.gather(follow(), *(write() for _ in range(4)))
     assert seen == [entry.seq for entry in await journal.read(limit=100)]
     assert len(seen) == 80
+
+
+async def test_a_large_entry_is_stored_packed_and_comes_back_digit_for_digit(
+    database: Database,
+) -> None:
+    payload = {"ranks": [{"url": f"http://10.0.0.{n}/ü", "at_s": n / 7} for n in range(1000)]}
+    await Journal(database).append(1.0, "decision", "a", payload)
+    (entry,) = await Journal(database).read()
+    assert entry.payload == payload
+    async with database.reading() as connection:
+        text = (await connection.execute(select(journal_entries.c.payload_json))).scalar_one()
+    assert len(text) < 0.35 * len(json.dumps(payload))
+
+
+async def test_what_is_old_is_forgotten_and_the_newest_of_each_model_stays(
+    database: Database,
+) -> None:
+    journal = Journal(database)
+    term = await journal.open_term(1.0, "controller started", {})
+    for at_s in range(2, 12):
+        await journal.append_in_term(term, float(at_s), "decision", "busy", {})
+    await journal.append_in_term(term, 3.0, "decision", "quiet", {})
+    await journal.append(20.0, "controller started", None, {})
+    assert await journal.forget(before_s=8.0) == 7
+    kept = [(entry.at_s, entry.model) for entry in await journal.read()]
+    assert kept == [(8.0, "busy"), (9.0, "busy"), (10.0, "busy"), (11.0, "busy"), (3.0, "quiet"),
+                    (20.0, None)]  # fmt: skip
+    assert await journal.forget(before_s=8.0) == 0
+    assert await journal.forget(before_s=1e9) == 3
+    assert {entry.model for entry in await journal.read()} == {"busy", "quiet", None}
+
+
+async def test_forgetting_everything_keeps_the_term_and_the_numbers(database: Database) -> None:
+    journal = Journal(database)
+    first = await journal.open_term(1.0, "controller started", {})
+    second = await journal.open_term(2.0, "controller started", {})
+    last = await journal.append(3.0, "controller started", None, {})
+    assert await journal.forget(before_s=1e9) == 1
+    assert await journal.newest_term() == second
+    assert await journal.append_in_term(first, 4.0, "decision", "a", {}) is None
+    seq = await journal.append_in_term(second, 4.0, "decision", "a", {})
+    assert seq is not None
+    assert seq > last
+
+
+async def test_many_are_forgotten_a_batch_at_a_time(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expertmesh.store.journal._BATCH", 3)
+    journal = Journal(database)
+    for at_s in range(8):
+        await journal.append(float(at_s), "decision", "a", {})
+    assert [await journal.forget(before_s=1e9) for _ in range(4)] == [3, 3, 1, 0]
+    assert [entry.at_s for entry in await journal.read()] == [7.0]

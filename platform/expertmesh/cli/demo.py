@@ -23,7 +23,7 @@ async def _demo(files: list[Path]) -> None:
 
     report = progress()
     system = load_system(files)
-    async with LocalSystem(system, files, report) as local:
+    async with LocalSystem(system, files, report, is_demo=True) as local:
         usage = await Demo(local, report, _write).run()
         Console(width=140).print(render_usage(usage))
     report("done")

@@ -112,7 +112,8 @@ async def _find(journal: Journal, seq: int | None, model: str | None) -> Journal
     entries = await journal.read(limit=_LOOKED_BACK, model=model, newest=True)
     decisions = [entry for entry in entries if entry.kind == DECISION]
     acting = [entry for entry in decisions if _acted(entry)]
-    return (acting or decisions or [None])[-1]
+    chosen = acting or decisions
+    return chosen[-1] if chosen else None
 
 
 def _acted(entry: JournalEntry) -> bool:

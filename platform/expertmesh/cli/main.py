@@ -3,6 +3,7 @@
 import typer
 
 from expertmesh.cli.controller import controller
+from expertmesh.cli.dashboards import dashboards_app
 from expertmesh.cli.demo import demo
 from expertmesh.cli.explain import explain
 from expertmesh.cli.gateway import gateway
@@ -33,6 +34,7 @@ app.command()(replay)
 app.command()(usage)
 app.add_typer(tenants_app, name="tenants")
 app.add_typer(keys_app, name="keys")
+app.add_typer(dashboards_app, name="dashboards")
 app.command()(gateway)
 app.command()(controller)
 

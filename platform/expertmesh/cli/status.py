@@ -44,11 +44,12 @@ def status(
     """Show groups, queue, cost and decisions; refreshes each second until Ctrl-C."""
     if sum((once, as_json, link)) > 1:
         raise typer.BadParameter("--once, --json and --link: choose one of them")
-    token = _token(platform) if link else ""
-    if link:
-        typer.echo(console_link(controller_url.rstrip("/"), token, time.time()))
-        return
-    run_command(lambda: _status(controller_url.rstrip("/"), platform, once, as_json))
+    url = controller_url.rstrip("/")
+    run_command(lambda: _link(url, platform) if link else _status(url, platform, once, as_json))
+
+
+async def _link(controller_url: str, platform: str) -> None:
+    typer.echo(console_link(controller_url, _token(platform), time.time()))
 
 
 async def _status(controller_url: str, platform: str, once: bool, as_json: bool) -> None:

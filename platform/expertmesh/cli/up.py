@@ -34,6 +34,7 @@ async def _up(files: list[Path]) -> None:
             f"console     {local.console_link()}\n"
             "            (opens once, within ten minutes; a new one: expertmesh status --link)\n"
             "watch       expertmesh status\n"
+            f"spot loss   write `<id of a Ray node>: <seconds>` into {local.state.spot_notices}\n"
             "stop        Ctrl-C\n"
         )
         while True:

@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from rich import box
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -48,8 +48,32 @@ class UsageTable:
             )
         for key, row in report.rows.items():
             table.add_row(key, *(cell(row) for cell in columns.values()))
+        yield from _bars(report, options)
         yield table
         yield Text(_sentence(total))
+
+
+def _bars(report: UsageReport, options: ConsoleOptions) -> Iterator[RenderableType]:
+    """What each row cost, the dearest first: the part that served requests, and the rest."""
+    rows = sorted(report.rows.items(), key=lambda row: (-row[1].capacity_nano_usd, row[0]))
+    rows = [(key, row) for key, row in rows if row.capacity_nano_usd > 0]
+    if not rows:
+        return
+    used, unused = ("#", ".") if options.ascii_only else ("\N{FULL BLOCK}", "\N{LIGHT SHADE}")
+    most = rows[0][1].capacity_nano_usd
+    table = Table(box=None, show_header=False, padding=(0, 1, 0, 0))
+    for column in ("key", "bar", "cost"):
+        table.add_column(column, overflow="fold", no_wrap=column == "bar")
+    for key, row in rows[:_BARS]:
+        cells = max(1, round(_BAR_CELLS * row.capacity_nano_usd / most))
+        share = row.attributed_nano_usd / row.capacity_nano_usd
+        filled = round(cells * share)
+        bar = Text(used * filled, style="cyan") + Text(unused * (cells - filled), style="dim")
+        table.add_row(key, bar, f"{row.capacity_usd:,.2f} $, {share:.0%} used")
+    yield Text(f"capacity by {report.by.value}: {used} used, {unused} not used")
+    yield table
+    if len(rows) > _BARS:
+        yield Text(f"and {len(rows) - _BARS} more")
 
 
 def render_usage(report: UsageReport) -> UsageTable:
@@ -172,6 +196,8 @@ def _plain_or_none(amount: Decimal | None) -> str | None:
 
 
 _WIDE_FROM = 150
+_BARS = 12
+_BAR_CELLS = 30
 _USE: dict[str, Callable[[UsageRow], str]] = {
     "requests": lambda row: f"{row.requests:,}",
     "tokens in (cached)": lambda row: f"{row.prompt_tokens:,} ({row.cached_tokens:,})",

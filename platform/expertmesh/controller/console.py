@@ -5,6 +5,7 @@ it exchanges for a session. It changes nothing: what it computes, it computes fr
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from importlib import resources
@@ -24,6 +25,8 @@ from expertmesh.core.scaling.replay import DecisionRecord
 from expertmesh.core.scaling.what_if import KEYS, changed
 from expertmesh.errors import ExpertMeshError
 
+_log = logging.getLogger(__name__)
+
 PREFIX: Final = "/console"
 _API: Final = f"{PREFIX}/api"
 _FILES: Final = {
@@ -39,6 +42,7 @@ _EVERY_S: Final = 1.0
 _HEAT_EVERY: Final = 5
 """Turns between two pictures of the experts; ranks count them as often."""
 _ADMIT_AGAIN_S: Final = 30.0
+_WRITE_TIMEOUT_S: Final = 30.0
 _SETTINGS: Final = 30
 _SETTING_LENGTH: Final = 200
 _JSON: Final = "application/json"
@@ -99,6 +103,8 @@ class Console:
         self._ending = asyncio.Event()
         self._files = _read_files()
         self._policy = _policy(gateway_url)
+        self._state_text = _SharedText(self._state, _EVERY_S / 2)
+        self._heat_text = _SharedText(view.heat, _EVERY_S * _HEAT_EVERY / 2)
 
     def add_to(self, app: web.Application) -> None:
         """All below `/console`; the application's own checks must let these paths pass."""
@@ -171,8 +177,8 @@ class Console:
         self._streams += 1
         try:
             await self._send_all(response, _credential(request))
-        except ConnectionError:
-            pass
+        except (ConnectionError, TimeoutError):
+            _log.debug("a page that looked on is gone")
         finally:
             self._streams -= 1
         return response
@@ -187,17 +193,17 @@ class Console:
                     await response.write(_event("ended", b"{}"))
                     return
                 admitted_at_s = self._now_s()
-            events: dict[str, Any] = {"state": self._state()}
+            events = {"state": self._state_text.read()}
             if turn % _HEAT_EVERY == 0:
-                events["heat"] = self._view.heat()
-            events["decisions"] = await _or_error(self._decisions.read())
+                events["heat"] = self._heat_text.read()
+            events["decisions"] = msgspec.json.encode(await _or_error(self._decisions.read()))
             if self._today is not None:
-                events["today"] = await _or_error(self._today.read())
-            for name, value in events.items():
-                data = msgspec.json.encode(value)
+                events["today"] = msgspec.json.encode(await _or_error(self._today.read()))
+            for name, data in events.items():
                 # The state also says that the controller is there.
                 if name == "state" or sent.get(name) != data:
-                    await response.write(_event(name, data))
+                    async with asyncio.timeout(_WRITE_TIMEOUT_S):
+                        await response.write(_event(name, data))
                     sent[name] = data
             turn += 1
             try:
@@ -258,6 +264,21 @@ class Console:
             leader_url=None if self._role is None or leads else self._role.leader_url,
             picture=self._view.picture(),
         )
+
+
+class _SharedText:
+    """JSON that is made once for all pages that ask within a moment."""
+
+    def __init__(self, make: Callable[[], Any], for_s: float) -> None:
+        self._make = make
+        self._for_s = for_s
+        self._made: tuple[float, bytes] | None = None
+
+    def read(self) -> bytes:
+        now_s = asyncio.get_running_loop().time()
+        if self._made is None or now_s - self._made[0] >= self._for_s:
+            self._made = now_s, msgspec.json.encode(self._make())
+        return self._made[1]
 
 
 _HEADERS: Final = {
@@ -329,6 +350,9 @@ async def _or_error(question: Awaitable[Any]) -> Any:
         return await question
     except ExpertMeshError as error:
         return {"error": str(error)}
+    except Exception as error:
+        _log.debug("the console cannot read", exc_info=True)
+        return {"error": f"{type(error).__name__}: {error}"}
 
 
 def _event(name: str, data: bytes) -> bytes:

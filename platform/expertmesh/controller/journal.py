@@ -135,5 +135,5 @@ def _summary(entry: Entry) -> dict[str, Any]:
         return {**shown, "reason": entry.payload.get("decision", {}).get("reason", "")}
     decision = record.decision
     for key in ("reason", "need", "pending", "demand", "binding", "actions", "transitions"):
-        shown[key] = getattr(decision, key)
+        shown[key] = msgspec.to_builtins(getattr(decision, key))
     return {**shown, "wanted": decision.state.wanted}

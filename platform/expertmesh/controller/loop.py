@@ -455,6 +455,8 @@ class Controller:
 
     def _is_settled(self, now_s: float) -> bool:
         """Every gateway that an earlier controller knew has reported or has ended."""
+        # A clock that was set back does not make the controller start anew.
+        self._started_at_s = min(self._started_at_s, now_s)
         return now_s - self._started_at_s >= _SETTLE_S and not self._gateways.awaited
 
     def _records(self) -> list[GroupRecord]:

@@ -143,8 +143,9 @@ class GatewayMetrics:
         self.queued_tokens.clear()
         self.held_streams.clear()
         self.ejected_ranks.clear()
-        for model, count in relay.held_streams().items():
-            self.held_streams.labels(model).set(count)
+        held = relay.held_streams()
+        for model in {*view.names, *held}:
+            self.held_streams.labels(model).set(held.get(model, 0))
         for model, count in view.ejected_ranks().items():
             self.ejected_ranks.labels(model).set(count)
         for model in view.names:

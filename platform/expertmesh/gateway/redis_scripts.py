@@ -205,14 +205,18 @@ KEEP = (
 local prefix, me, most = ARGV[1], ARGV[2], tonumber(ARGV[5])
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1e6
-redis.call('ZADD', KEYS[1], float(now + tonumber(ARGV[4])), me)
+local lease = tonumber(ARGV[4])
+-- While Redis does not run, nobody is heard of; and a call may have waited for it to run again.
+local mine_until = redis.call('ZSCORE', KEYS[1], me)
+local judges = ARGV[6] == '1' and mine_until and tonumber(mine_until) >= now + lease / 2
+redis.call('ZADD', KEYS[1], float(now + lease), me)
 local mine = prefix .. me
 local late = redis.call('ZRANGEBYSCORE', mine, '-inf', ARGV[3], 'LIMIT', 0, most)
 for _, id in ipairs(late) do
   if not forfeit(mine, KEYS[2], id) then redis.call('ZREM', mine, id) end
 end
 local orphans = 0
-if ARGV[6] == '1' then
+if judges then
   for _, gone in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', '(' .. float(now))) do
     local theirs = prefix .. gone
     local ids = redis.call('ZRANGE', theirs, 0, most - orphans - 1)

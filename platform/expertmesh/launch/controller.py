@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -31,6 +32,7 @@ from expertmesh.controller.memory_lease import MemoryLease
 from expertmesh.controller.notices import AllNotices, FileNotices, HttpNotices
 from expertmesh.controller.observe import HttpRankProbe, SpotNotices
 from expertmesh.controller.today import TodayReader
+from expertmesh.controller.traced_journal import TracedJournal
 from expertmesh.core.scaling.contract import Timing
 from expertmesh.errors import SetupError
 from expertmesh.spec.catalog_hardware import accelerators
@@ -42,6 +44,7 @@ from expertmesh.store.leases import LeaseTable
 from expertmesh.store.ledger import Ledger
 from expertmesh.store.report import usage_cells
 from expertmesh.store.spend import LedgerSpend
+from expertmesh.telemetry.traces import DecisionTracing
 
 if TYPE_CHECKING:
     from expertmesh.launch.kubernetes import KubernetesParts
@@ -141,7 +144,9 @@ async def _serve(settings: ControllerSettings, database: Database, stop: asyncio
         connector = aiohttp.TCPConnector(limit=_CONNECTIONS)
         http = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
         kubernetes = await _kubernetes(settings, stack)
-        leadership = _wire(settings, database, http, kubernetes)
+        tracing = DecisionTracing.from_environment(os.environ)
+        stack.callback(tracing.close)
+        leadership = _wire(settings, database, http, kubernetes, tracing)
         runner = web.AppRunner(
             build_api(
                 leadership,
@@ -190,6 +195,7 @@ def _wire(
     database: Database,
     http: aiohttp.ClientSession,
     kubernetes: "KubernetesParts | None",
+    tracing: DecisionTracing,
 ) -> Leadership:
     timing = Timing()
     system = settings.manifests
@@ -201,7 +207,7 @@ def _wire(
     events = kubernetes.events() if kubernetes is not None else None
 
     def build(term: Term) -> Controller:
-        fenced = FencedJournal(journal, term)
+        fenced = TracedJournal(FencedJournal(journal, term), tracing)
         parts = ControllerParts(
             serve=serve,
             writer=FencedServe(serve, journal, term),

@@ -1,15 +1,17 @@
-"""The demo's story: one group at rest, a burst that earns a second one, quiet that returns it."""
+"""The demo's story: a group where it is cheapest, a burst that earns a second one and meets the
+budget, quiet that returns it, and a spot node that is taken away under the first."""
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 
 import aiohttp
 from openai import APIStatusError, AsyncOpenAI
 
-from expertmesh.core.domain.fleet import GroupState
+from expertmesh.core.domain.fleet import Group, GroupState
+from expertmesh.core.domain.hardware import Market
 from expertmesh.core.metering.report import By, UsageReport
 from expertmesh.errors import UpstreamUnavailable
 from expertmesh.launch.controller_view import ControllerView
@@ -27,13 +29,18 @@ QUESTIONS = (
     "Tell me a story about a kite.",
     "What do bees make?",
 )
-_BURST_CLIENTS = 12
+_BURST_CLIENTS = 20
+"""More than two groups should carry: what a third one costs is above the budget."""
+_NOTICE_S = 60.0
+"""Between the notice of a spot node's loss and the loss."""
+_LOSS_CLIENTS = 2
 _POLL_S = 0.5
 _READY_TIMEOUT_S = 240.0
 _SCALE_UP_TIMEOUT_S = 240.0
 _SHARED_LOAD_S = 8.0
 """How long the burst goes on over both groups."""
 _SCALE_DOWN_TIMEOUT_S = 180.0
+_MOVE_TIMEOUT_S = 240.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +78,9 @@ class Demo:
                 )
                 await self._until_groups(view, 1, _SCALE_DOWN_TIMEOUT_S, exactly=True)
                 self._report("one group is left")
-        if burst.failed:
-            raise UpstreamUnavailable(
-                f"{burst.failed} requests of the burst failed; see {self._local.state.logs}"
-            )
+                failed = burst.failed + await self._lose_a_spot_node(client, view)
+        if failed:
+            raise UpstreamUnavailable(f"{failed} requests failed; see {self._local.state.logs}")
         return await self._usage()
 
     @contextlib.asynccontextmanager
@@ -129,8 +135,53 @@ class Demo:
             f"{chunks / duration_s:.0f} tokens/s"
         )
 
+    async def _lose_a_spot_node(self, client: AsyncOpenAI, view: ControllerView) -> int:
+        """Requests that failed."""
+        spot = {pool.name for pool in self._local.system.pools if pool.market is Market.SPOT}
+        groups = [group for group in (await view.fleet()).groups if group.pool in spot]
+        if not groups:
+            return 0
+        group = groups[0]
+        due_s = time.monotonic() + _NOTICE_S
+        node_id = self._local.announce_loss(group.pool, _NOTICE_S)
+        self._report(
+            f"the provider of {group.pool} announces that it takes a node of {group.name} "
+            f"in {_NOTICE_S:.0f} s; {_LOSS_CLIENTS} clients go on asking"
+        )
+        async with self._asking(client, _LOSS_CLIENTS) as counts:
+            taken = False
+
+            async def has_moved() -> bool:
+                nonlocal taken
+                if not taken and time.monotonic() >= due_s:
+                    self._local.take_node(node_id)
+                    self._report(f"a node of {group.pool} is gone")
+                    taken = True
+                fleet = await view.fleet()
+                states = {each.name: each.state for each in fleet.groups}
+                return taken and group.name not in states and GroupState.READY in states.values()
+
+            await self._until(view, has_moved, f"{group.name} has moved", _MOVE_TIMEOUT_S)
+            left = next(g for g in (await view.fleet()).groups if g.state is GroupState.READY)
+            await asyncio.sleep(_SHARED_LOAD_S / 2)
+        self._report(
+            f"{group.name} had moved to pool {left.pool} as {left.name}; "
+            f"{counts[1]} requests failed, and it goes on answering"
+        )
+        return counts[1]
+
     async def _burst(self, client: AsyncOpenAI, view: ControllerView) -> BurstResult:
         self._report(f"a burst: {_BURST_CLIENTS} clients at once")
+        async with self._asking(client, _BURST_CLIENTS) as counts:
+            await self._until_groups(view, 2, _SCALE_UP_TIMEOUT_S)
+            self._report("two groups share the burst")
+            await asyncio.sleep(_SHARED_LOAD_S)
+            peak = await self._ready_groups(view)
+        return BurstResult(counts[0], counts[1], peak)
+
+    @contextlib.asynccontextmanager
+    async def _asking(self, client: AsyncOpenAI, clients: int) -> AsyncIterator[list[int]]:
+        """Clients that ask one question after the other; the answers and the failures so far."""
         stop = asyncio.Event()
         counts = [0, 0]
 
@@ -149,32 +200,43 @@ class Demo:
                     counts[1] += 1
                     self._report(f"a request failed: {error}")
 
-        clients = [asyncio.create_task(ask(number)) for number in range(_BURST_CLIENTS)]
+        tasks = [asyncio.create_task(ask(number)) for number in range(clients)]
         try:
-            await self._until_groups(view, 2, _SCALE_UP_TIMEOUT_S)
-            self._report("two groups share the burst")
-            await asyncio.sleep(_SHARED_LOAD_S)
-            peak = await self._ready_groups(view)
-        finally:
+            yield counts
             stop.set()
-            await asyncio.gather(*clients, return_exceptions=True)
-        return BurstResult(counts[0], counts[1], peak)
+            await asyncio.gather(*tasks, return_exceptions=True)
+        finally:
+            # After Ctrl-C, requests that wait for a group are waited for no longer.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _until_groups(
         self, view: ControllerView, count: int, timeout_s: float, exactly: bool = False
     ) -> None:
+        async def enough() -> bool:
+            groups = (await view.fleet()).groups
+            ready = sum(group.state is GroupState.READY for group in groups)
+            return ready >= count and (not exactly or len(groups) == count)
+
+        await self._until(view, enough, f"{count} groups are ready", timeout_s)
+
+    async def _until(
+        self,
+        view: ControllerView,
+        check: Callable[[], Awaitable[bool]],
+        what: str,
+        timeout_s: float,
+    ) -> None:
         deadline_s = time.monotonic() + timeout_s
         while True:
             self._local.tend()
-            fleet = await view.fleet()
-            ready = sum(group.state is GroupState.READY for group in fleet.groups)
-            if ready >= count and (not exactly or len(fleet.groups) == count):
+            if await check():
                 return
             if time.monotonic() > deadline_s:
-                states = ", ".join(f"{g.name} {g.state} {g.message}" for g in fleet.groups)
+                states = ", ".join(map(_shown, (await view.fleet()).groups))
                 raise UpstreamUnavailable(
-                    f"{ready} of {count} groups ready after {timeout_s:.0f} s ({states}); "
-                    f"see {self._local.state.logs}"
+                    f"not within {timeout_s:.0f} s: {what} ({states}); see {self._local.state.logs}"
                 )
             await asyncio.sleep(_POLL_S)
 
@@ -212,3 +274,7 @@ class Demo:
             return await usage_report(Ledger(database), By.POOL, since_s=self._started_at_s)
         finally:
             await database.close()
+
+
+def _shown(group: Group) -> str:
+    return f"{group.name} {group.state} {group.message}".rstrip()

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Self
 
@@ -49,13 +49,18 @@ class LocalSystem:
     system: System
     files: list[Path]
     report: Report
+    is_demo: bool = False
+    """It begins with an empty store of its own: what earlier runs have learned is not its story."""
     state: StateDir = field(init=False)
     _services: dict[str, Service] = field(init=False, default_factory=dict)
     _lock: IO[str] | None = field(init=False, default=None)
     _ray_temp: Path | None = field(init=False, default=None)
+    _nodes: RayNodes | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.state = StateDir.of(self.system.platform.name)
+        if self.is_demo:
+            self.state = replace(self.state, store_name="demo.db")
 
     @property
     def gateway_url(self) -> str:
@@ -87,6 +92,9 @@ class LocalSystem:
         self.state.create()
         self._lock = self.state.lock()
         try:
+            if self.is_demo:
+                for file in self.state.path.glob(f"{self.state.store_name}*"):
+                    file.unlink()
             stale = await asyncio.to_thread(end_processes, self.state.marker, 0.0)
             if stale:
                 self.report(f"ended {stale} processes that an earlier run had left")
@@ -112,6 +120,19 @@ class LocalSystem:
                 raise SetupError(self._describe_end(name))
             self.report(f"{self._describe_end(name)}; starting it again")
             self._services[name] = self._spawn(name, service.arguments, starts_s)
+
+    def announce_loss(self, pool: str, in_s: float) -> str:
+        """Says of one of the pool's nodes that it will be taken away, and answers its id."""
+        node_id = self._running_nodes().workers_of(pool)[0]
+        self.state.spot_notices.write_text(f"{node_id}: {in_s:g}\n")
+        return node_id
+
+    def take_node(self, node_id: str) -> None:
+        self._running_nodes().take(node_id)
+
+    def _running_nodes(self) -> RayNodes:
+        assert self._nodes is not None, "the system has not been started"
+        return self._nodes
 
     def _describe_end(self, name: str) -> str:
         code = self._services[name].process.returncode
@@ -146,7 +167,8 @@ class LocalSystem:
         own_children()
         os.environ.update(self._node_environment())
         self._start_guardian()
-        nodes = RayNodes(self._ray_temp, self.system.platform.ray_dashboard_port)
+        self._nodes = nodes = RayNodes(self._ray_temp, self.system.platform.ray_dashboard_port)
+        self.state.spot_notices.unlink(missing_ok=True)
         self.report("starting the Ray head node")
         nodes.start_head()
         for pool in self.system.pools:
@@ -164,6 +186,7 @@ class LocalSystem:
             *(part for file in self.files for part in ("-f", str(file))),
             *("--dashboard-url", nodes.dashboard_url),
             *("--serve-host", "127.0.0.1"),
+            *("--spot-notices", f"file:{self.state.spot_notices}"),
             *("--gateway-url", self.gateway_url),
         )
         self._start_service("gateway", *self.gateway_arguments)

@@ -5,9 +5,13 @@ nodes are made with the class behind it. The kernel ends their processes when th
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from expertmesh.core.domain.hardware import Pool
 from expertmesh.errors import SetupError
+
+if TYPE_CHECKING:
+    from ray._private.node import Node
 
 _LOOPBACK = "127.0.0.1"
 _OBJECT_STORE_BYTES = 80 * 2**20
@@ -22,6 +26,8 @@ class RayNodes:
         self._temp_dir = temp_dir
         self._dashboard_port = dashboard_port
         self._gcs_address = ""
+        self._workers: dict[str, tuple[str, Node]] = {}
+        """By Ray's id of the node: its pool, and the node."""
 
     @property
     def dashboard_url(self) -> str:
@@ -29,30 +35,41 @@ class RayNodes:
 
     def start_head(self) -> None:
         """The head carries no ranks: GCS, the dashboard with its REST API, Serve's controller."""
-        self._gcs_address = self._start(
+        head = self._start(
             head=True,
             num_cpus=0,
             include_dashboard=True,
             dashboard_host=_LOOPBACK,
             dashboard_port=self._dashboard_port,
         )
+        self._gcs_address = str(head.gcs_address)
 
     def start_worker(self, pool: Pool) -> None:
-        self._start(
+        node = self._start(
             head=False,
             gcs_address=self._gcs_address,
             num_cpus=pool.cpus_per_node,
             node_manager_port=0,
             labels={"expertmesh.io/pool": pool.name},
         )
+        self._workers[str(node.node_id)] = (pool.name, node)
 
-    def _start(self, *, head: bool, **parameters: object) -> str:
+    def workers_of(self, pool: str) -> list[str]:
+        """Ray's ids of the pool's nodes."""
+        return [node_id for node_id, (name, _) in self._workers.items() if name == pool]
+
+    def take(self, node_id: str) -> None:
+        """As a provider takes a spot node away: it is gone without another word."""
+        _, node = self._workers.pop(node_id)
+        node.kill_raylet(check_alive=False)
+
+    def _start(self, *, head: bool, **parameters: object) -> "Node":
         # Ray reads its environment when it is imported, so that happens only now.
         from ray._private.node import Node
         from ray._private.parameter import RayParams
 
         try:
-            node = Node(
+            return Node(
                 RayParams(
                     node_ip_address=_LOOPBACK,
                     object_store_memory=_OBJECT_STORE_BYTES,
@@ -74,4 +91,3 @@ class RayNodes:
             raise SetupError(
                 f"a Ray {kind} node did not start: {error}; see the logs in {self._temp_dir}"
             ) from error
-        return str(node.gcs_address)

@@ -13,6 +13,7 @@ from expertmesh.errors import SetupError
 @dataclass(frozen=True, slots=True)
 class StateDir:
     path: Path
+    store_name: str = "store.db"
 
     @classmethod
     def of(cls, platform_name: str) -> "StateDir":
@@ -29,7 +30,12 @@ class StateDir:
 
     @property
     def store_url(self) -> str:
-        return f"sqlite+aiosqlite:///{self.path / 'store.db'}"
+        return f"sqlite+aiosqlite:///{self.path / self.store_name}"
+
+    @property
+    def spot_notices(self) -> Path:
+        """`<Ray's id of a node>: <seconds from now>` lines: nodes that will be taken away."""
+        return self.path / "spot_notices.yaml"
 
     @property
     def mesh_token_file(self) -> Path:

@@ -3,6 +3,8 @@
 Serve imports `build` by name and passes the GroupSpec as plain data.
 """
 
+import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from ray.serve.llm import LLMConfig, ModelLoadingConfig, build_dp_deployment
 from expertmesh.core.domain.fleet import GroupSpec
 from expertmesh.serving.group_server import GroupServer
 from expertmesh.serving.local_weights import LocalWeights
+from expertmesh.telemetry.traces import traces_endpoint
 
 POOL_LABEL = "expertmesh.io/pool"
 
@@ -26,6 +29,11 @@ _HEALTH_CHECK_TIMEOUT_S = 10
 _SHUTDOWN_TIMEOUT_S = 5
 _CPU_KV_BYTES = 256 * 2**20
 """vLLM's own default is nearly all of the host's memory, for each rank on it."""
+
+
+_EXPORTERS = tuple(
+    f"opentelemetry.exporter.otlp.proto.{kind}.trace_exporter" for kind in ("grpc", "http")
+)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -54,6 +62,10 @@ def llm_config(spec: GroupSpec) -> LLMConfig:
     if on_cpu:
         # Compilation and profiling cost more than they bring on models that run on a CPU.
         engine |= {"enforce_eager": True, "kv_cache_memory_bytes": _CPU_KV_BYTES}
+    endpoint = traces_endpoint(os.environ)
+    # vLLM does not start without both of its exporters when it is given an endpoint.
+    if endpoint is not None and all(map(_is_there, _EXPORTERS)):
+        engine["otlp_traces_endpoint"] = endpoint
     engine |= spec.engine
     worker = {"CPU": 1} if on_cpu else {"CPU": 1, "GPU": 1}
     return LLMConfig(
@@ -85,3 +97,10 @@ def serve_options(spec: GroupSpec) -> dict[str, Any]:
         "health_check_timeout_s": _HEALTH_CHECK_TIMEOUT_S,
         "graceful_shutdown_timeout_s": _SHUTDOWN_TIMEOUT_S,
     }
+
+
+def _is_there(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False

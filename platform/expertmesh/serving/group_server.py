@@ -41,6 +41,9 @@ class GroupServer(DPServer):
                 f"{MESH_TOKEN_VARIABLE} is not set on this Ray node; "
                 "start the node with the mesh token in its environment"
             )
+        # vLLM would speak gRPC; gateway and controller send their traces by HTTP.
+        os.environ.setdefault("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "http/protobuf")
+        os.environ.setdefault("OTEL_SERVICE_NAME", "expertmesh-group")
         die_with_parent()
         own_children()
         end_coordinator_with_rank()

@@ -1,6 +1,8 @@
 """The append-only record of what the controller saw, what it chose and why."""
 
+import base64
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,9 @@ from sqlalchemy import delete, exists, func, insert, literal, or_, select
 from expertmesh.store.database import Database
 from expertmesh.store.schema import journal_entries
 
+_PACKED = "zlib:"
+_PACKED_FROM = 16_384
+"""Characters of a payload; shorter ones stay readable for those who look into the database."""
 _BATCH = 2_000
 """Entries that are forgotten in one transaction: others wait for it to end."""
 
@@ -105,7 +110,9 @@ class Journal:
         async with self._database.reading() as connection:
             rows = (await connection.execute(query)).all()
         entries = (
-            JournalEntry(row.seq, row.at_s, row.kind, row.model, json.loads(row.payload_json))
+            JournalEntry(
+                row.seq, row.at_s, row.kind, row.model, json.loads(_unpacked(row.payload_json))
+            )
             for row in rows
         )
         return tuple(sorted(entries, key=lambda entry: entry.seq))
@@ -138,4 +145,13 @@ class Journal:
 
 def _text(payload: Mapping[str, Any]) -> str:
     """Text rather than a JSON column: the payload comes back digit for digit."""
-    return json.dumps(msgspec.to_builtins(payload), allow_nan=False, ensure_ascii=False)
+    text = json.dumps(msgspec.to_builtins(payload), allow_nan=False, ensure_ascii=False)
+    if len(text) < _PACKED_FROM:
+        return text
+    return _PACKED + base64.b64encode(zlib.compress(text.encode())).decode("ascii")
+
+
+def _unpacked(text: str) -> str:
+    if not text.startswith(_PACKED):
+        return text
+    return zlib.decompress(base64.b64decode(text[len(_PACKED) :])).decode()

@@ -7,7 +7,7 @@ conventions; none holds a prompt, a completion or a key.
 import random
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -143,15 +143,9 @@ class Tracing:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Tracing":
         """As OpenTelemetry's own variables say. Raises SetupError."""
-        endpoint = environment.get(TRACES_ENDPOINT_VARIABLE, "").strip()
-        base = environment.get(ENDPOINT_VARIABLE, "").strip()
-        if not endpoint and base:
-            endpoint = f"{base.rstrip('/')}/v1/traces"
-        if not endpoint or environment.get(DISABLED_VARIABLE, "").strip().lower() == "true":
+        endpoint = traces_endpoint(environment)
+        if endpoint is None:
             return cls()
-        if not endpoint.startswith(("http://", "https://")):
-            variable = ENDPOINT_VARIABLE if base else TRACES_ENDPOINT_VARIABLE
-            raise SetupError(f"{variable}: {endpoint!r}: write it as http://host:port")
         text = environment.get(RATIO_VARIABLE, "").strip() or "1"
         try:
             ratio = float(text)
@@ -159,15 +153,8 @@ class Tracing:
             ratio = -1.0
         if not 0.0 <= ratio <= 1.0:
             raise SetupError(f"{RATIO_VARIABLE}: {text!r}: write a number from 0 to 1")
-        try:
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        except ImportError as error:
-            raise SetupError(
-                f"traces go to {endpoint}, but OpenTelemetry is not installed ({error}); install "
-                "expertmesh[traces], or unset the variable that names the endpoint"
-            ) from error
-        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S)
-        return cls(exporter, ratio, environment.get(SERVICE_VARIABLE, "") or "expertmesh-gateway")
+        service = environment.get(SERVICE_VARIABLE, "") or "expertmesh-gateway"
+        return cls(_exporter(endpoint), ratio, service)
 
     def begin(self, traceparent: bytes | None) -> CallTrace | None:
         """None when the request is not traced; its own `traceparent` then goes on untouched.
@@ -191,9 +178,75 @@ class Tracing:
     def close(self, timeout_s: float = _EXPORT_TIMEOUT_S) -> None:
         """Exports what is left, or gives up after the time."""
         if self._shut_down is not None:
-            last = threading.Thread(target=self._shut_down, name="last traces", daemon=True)
-            last.start()
-            last.join(timeout_s)
+            _within(self._shut_down, timeout_s)
+
+
+class DecisionTracing:
+    """Spans of a controller's decisions, each a trace of its own."""
+
+    def __init__(
+        self,
+        exporter: "SpanExporter | None" = None,
+        service: str = "expertmesh-controller",
+        at_once: bool = False,
+    ) -> None:
+        """As `Tracing`."""
+        self.on: Final = exporter is not None
+        self._maker = None if exporter is None else _SpanMaker(exporter, service, at_once)
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "DecisionTracing":
+        """As `Tracing.from_environment`; all decisions, whatever the share of requests is."""
+        endpoint = traces_endpoint(environment)
+        return cls() if endpoint is None else cls(_exporter(endpoint))
+
+    def decided(
+        self,
+        model: str,
+        began_at_s: float,
+        ended_at_s: float,
+        attributes: "Mapping[str, AttributeValue]",
+        actions: "Sequence[Mapping[str, AttributeValue]]",
+    ) -> None:
+        """Each action is an event of the span. Times are Unix times."""
+        if self._maker is not None:
+            self._maker.make_decision(model, began_at_s, ended_at_s, attributes, actions)
+
+    def close(self, timeout_s: float = _EXPORT_TIMEOUT_S) -> None:
+        """Exports what is left, or gives up after the time."""
+        if self._maker is not None:
+            _within(self._maker.shut_down, timeout_s)
+
+
+def traces_endpoint(environment: Mapping[str, str]) -> str | None:
+    """Where traces go, by OpenTelemetry's variables; None: nowhere. Raises SetupError."""
+    endpoint = environment.get(TRACES_ENDPOINT_VARIABLE, "").strip()
+    base = environment.get(ENDPOINT_VARIABLE, "").strip()
+    if not endpoint and base:
+        endpoint = f"{base.rstrip('/')}/v1/traces"
+    if not endpoint or environment.get(DISABLED_VARIABLE, "").strip().lower() == "true":
+        return None
+    if not endpoint.startswith(("http://", "https://")):
+        variable = ENDPOINT_VARIABLE if base else TRACES_ENDPOINT_VARIABLE
+        raise SetupError(f"{variable}: {endpoint!r}: write it as http://host:port")
+    return endpoint
+
+
+def _exporter(endpoint: str) -> "SpanExporter":
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    except ImportError as error:
+        raise SetupError(
+            f"traces go to {endpoint}, but OpenTelemetry is not installed ({error}); install "
+            "expertmesh[traces], or unset the variable that names the endpoint"
+        ) from error
+    return OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_TIMEOUT_S)
+
+
+def _within(shut_down: Callable[[], None], timeout_s: float) -> None:
+    last = threading.Thread(target=shut_down, name="last traces", daemon=True)
+    last.start()
+    last.join(timeout_s)
 
 
 class _SpanMaker:
@@ -286,6 +339,27 @@ class _SpanMaker:
         if call.status >= 500 or (call.error and call.status < 400):
             self._fail(server, str(call.status), call.error)
         server.end(_ns(call.ended_at_s))
+
+    def make_decision(
+        self,
+        model: str,
+        began_at_s: float,
+        ended_at_s: float,
+        attributes: "Mapping[str, AttributeValue]",
+        actions: "Sequence[Mapping[str, AttributeValue]]",
+    ) -> None:
+        self._ids.trace_id = random.getrandbits(128) or 1
+        span = self._start(
+            f"decide {model}",
+            _span_id(),
+            self._trace.INVALID_SPAN,
+            self._trace.SpanKind.INTERNAL,
+            began_at_s,
+            attributes,
+        )
+        for action in actions:
+            span.add_event("action", action, timestamp=_ns(began_at_s))
+        span.end(_ns(ended_at_s))
 
     def shut_down(self) -> None:
         self._provider.shutdown()

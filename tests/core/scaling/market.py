@@ -62,7 +62,7 @@ def options(prices: dict[str, float]) -> tuple[GroupOption, ...]:
 
 def record(
     *,
-    groups: dict[str, int] | None = None,
+    groups: dict[int, int] | None = None,
     arrivals_per_s: float = 30.0,
     queued: int = 0,
     prices: dict[str, float] | None = None,
@@ -78,7 +78,7 @@ def record(
         Pool(name, market, prices[name], "GPU", 8, 96, 0, nodes, zone)
         for name, (market, _, zone, _) in _POOLS.items()
     )
-    external = ()
+    external: tuple[ExternalRoute, ...] = ()
     if external_usd_per_mtok is not None:
         usd = external_usd_per_mtok
         external = (ExternalRoute("api", "https://api", "m", "KEY", usd, usd, usd),)
@@ -95,7 +95,7 @@ def record(
     running = [
         group
         for index, count in (groups or {}).items()
-        for group in _running(config.options[int(index)], int(index), count)
+        for group in _running(config.options[index], index, count)
     ]
     work = Work(
         arrivals_per_s=arrivals_per_s,

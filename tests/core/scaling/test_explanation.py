@@ -59,11 +59,22 @@ def check_counterfactual(of: DecisionRecord, told: Counterfactual) -> None:
         return
     assert is_so(told.flips), f"{told.flips} is told to change it: {told.text}"
     assert changed(of, told.flips).decision.target == told.target
+    assert is_so(further(told.flips, told.keeps)), "and so on from there: a bound, not a spot"
     one, other = (
         float(re.sub("[^0-9.]", "", s.partition("=")[2])) for s in (told.flips, told.keeps)
     )
     unit = max(abs(one - other) / max(one, other), 0.0)
     assert unit <= 0.01 or abs(one - other) <= 1.0001, "the two are next to each other"
+
+
+def further(flips: str, keeps: str) -> str:
+    """Away from the setting that changes nothing."""
+    key, _, value = flips.partition("=")
+    times = "x" if value.endswith("x") else ""
+    one, other = (float(each.partition("=")[2].rstrip("x")) for each in (flips, keeps))
+    beyond = one / 2 if one < other else one * 2
+    whole = key in ("queue", "max_groups", "min_groups") or key.startswith("nodes.")
+    return f"{key}={round(beyond)}" if whole else f"{key}={beyond:.6f}{times}"
 
 
 @settings(max_examples=25, deadline=None)
@@ -88,11 +99,21 @@ def test_counterfactuals_by_requests_are_true_and_explaining_never_fails(
             check_counterfactual(of, each)
 
 
-def test_the_price_below_which_another_option_would_be_chosen_is_found() -> None:
-    of = record(groups={0: 1}, arrivals_per_s=12.0, usd_per_hour_budget=None)
-    spot = "h200-spot/t1d8e8"
-    (told,) = (each for each in explain(of).counterfactuals if each.option == spot)
-    assert told.effect in (Effect.MORE, Effect.FEWER)
+def test_the_price_at_which_another_option_is_chosen_is_exact() -> None:
+    """Two alike, one at $0.60 and one at $0.90: each wins where it is no dearer than the other."""
+    world = World(config(min_groups=1))
+    world.step()
+    told = {each.option: each for each in explain(world.records[0]).counterfactuals}
+    cheap, dear = told["cheap/t1d2e2"], told["dear/t1d2e2"]
+    assert cheap.effect is Effect.FEWER
+    assert float((cheap.flips or "").partition("=")[2]) == pytest.approx(0.9, abs=2e-4)
+    assert dear.effect is Effect.MORE
+    assert float((dear.flips or "").partition("=")[2]) == pytest.approx(0.6, abs=2e-4)
+    assert dear.target == {"dear/t1d2e2": 1}
+    assert dear.text == (
+        "with dear/t1d2e2 at $0.6000/h a group or less (it costs $0.9000) it would have wanted "
+        "1 dear/t1d2e2"
+    )
 
 
 def test_a_budget_that_binds_is_told_with_the_one_that_would_not() -> None:
@@ -138,6 +159,7 @@ def check_reason(of: Question, chosen: Candidate, told: Candidate) -> None:
             assert (used, problem.bounds.workers[found[1]]) == (int(found[2]), int(found[3]))
             assert used > problem.bounds.workers[found[1]]
         elif found := re.match(r"\$([\d.]+)/h is over the budget of \$([\d.]+)/h", part):
+            assert problem.bounds.usd_per_hour is not None
             assert problem.bounds.usd_per_hour == pytest.approx(float(found[2]), abs=0.006)
             assert mine.usd_per_hour > problem.bounds.usd_per_hour
         elif found := re.match(r"max_groups is (\d+)", part):

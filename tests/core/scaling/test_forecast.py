@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertmesh.core.scaling.forecast import BIN_S, FIRST_MARGIN, Forecaster
+from expertmesh.core.scaling.forecast import BIN_S, Forecaster, usual_margin
 
 HORIZON_S = 300.0
+FIRST = Forecaster().margin
 
 
 def after(
@@ -22,7 +23,6 @@ def after(
 
 def test_before_anything_was_seen_it_is_the_load_of_now() -> None:
     assert Forecaster().expected(HORIZON_S, 3.0) == 3.0
-    assert Forecaster().margin == FIRST_MARGIN
 
 
 def test_a_steady_load_stays_as_it_is() -> None:
@@ -32,7 +32,7 @@ def test_a_steady_load_stays_as_it_is() -> None:
 def test_the_margin_of_a_steady_load_shrinks_and_that_of_a_wild_one_grows() -> None:
     rng = random.Random(3)
     wild = [max(0.0, rng.gauss(3.0, 2.0)) for _ in range(400)]
-    assert after([3.0] * 400, quantile=0.5).margin < FIRST_MARGIN
+    assert after([3.0] * 400, quantile=0.6).margin < FIRST
     assert after(wild, quantile=0.99).margin > after([3.0] * 400, quantile=0.99).margin
 
 
@@ -57,14 +57,22 @@ def test_weights_never_die_out() -> None:
 
 def test_the_spare_grows_with_the_root_of_the_load() -> None:
     forecast = Forecaster(margin=0.5)
-    assert forecast.spare(0.0, 1.0) == 0.0
-    assert forecast.spare(4.0, 1.0) == pytest.approx(1.0)
-    assert forecast.spare(16.0, 1.0) == pytest.approx(2.0)
+    one = 0.5 * usual_margin(0.99)
+    assert forecast.spare(0.0, 1.0, 0.99) == 0.0
+    assert forecast.spare(4.0, 1.0, 0.99) == pytest.approx(2 * one)
+    assert forecast.spare(16.0, 1.0, 0.99) == pytest.approx(4 * one)
+
+
+def test_who_may_miss_fewer_targets_keeps_more_in_hand() -> None:
+    margins = [usual_margin(quantile) for quantile in (0.9, 0.99, 0.999)]
+    assert 0 < margins[0] < margins[1] < margins[2]
+    assert math.isfinite(usual_margin(1.0))
+    assert usual_margin(0.0) > 0
 
 
 def test_of_larger_groups_fewer_are_in_hand_but_more_load() -> None:
     forecast = Forecaster(margin=0.5)
-    assert forecast.spare(16.0, 4.0) == pytest.approx(4.0)
+    assert forecast.spare(16.0, 4.0, 0.99) == pytest.approx(2 * forecast.spare(16.0, 1.0, 0.99))
 
 
 def test_the_margin_is_learned_in_groups_whatever_their_size() -> None:
@@ -93,7 +101,7 @@ def test_a_long_step_is_many_bins_of_its_load() -> None:
 
 def test_a_model_that_is_hardly_used_learns_no_margin() -> None:
     tiny = [0.0 if n % 3 else 0.01 for n in range(300)]
-    assert after(tiny).margin == FIRST_MARGIN
+    assert after(tiny).margin == FIRST
 
 
 @settings(max_examples=60, deadline=None)
@@ -111,6 +119,6 @@ def test_whatever_comes_figures_stay_sane(
     assert math.isfinite(expected)
     assert expected <= 4 * max(loads) + 1e-9
     assert 0.0 <= forecast.margin <= 1.5
-    assert 0.0 <= forecast.spare(expected, 2.0) < math.inf
+    assert 0.0 <= forecast.spare(expected, 2.0, quantile) < math.inf
     assert len(forecast.bins) <= 17
     assert len(forecast.due) <= 121

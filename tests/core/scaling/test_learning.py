@@ -135,6 +135,15 @@ def test_where_nothing_is_planned_seconds_are_learned_themselves() -> None:
     assert learned.seconds == pytest.approx(OUTPUT * 0.05 / FULL, rel=0.05)
 
 
+def test_what_all_options_share_is_not_an_options_own() -> None:
+    known: Learned | None = None
+    for _ in range(4 * 3600):
+        known = learn(known, PLANNED, doing(40, 2 * S), WORK, SLO, 1.0, 2.0)
+    assert known is not None
+    assert known.seconds_ratio == pytest.approx(2.0, rel=0.01)
+    assert known.own_ratio == pytest.approx(1.0, rel=0.05)
+
+
 def test_no_time_teaches_nothing() -> None:
     known = Learned(seconds_ratio=1.3)
     assert learn(known, PLANNED, doing(40, 2 * S), WORK, SLO, 0.0, 1.0) == known

@@ -78,6 +78,13 @@ def test_lengths_survive_an_idle_while() -> None:
     assert after(300, demand(0.0), work=work).output_tokens == pytest.approx(77.0)
 
 
+def test_lengths_that_were_known_are_not_forgotten_while_nothing_finishes() -> None:
+    work = after(900, demand(2.0, output=77.0))
+    idle = after(12 * 3600, demand(0.0), work=work, dt_s=60.0)
+    assert idle.is_known
+    assert idle.output_tokens == pytest.approx(77.0)
+
+
 def test_rates_that_are_not_known_give_no_seconds() -> None:
     assert after(60, demand(1.0)).seconds(GroupRates(8)) is None
 

@@ -240,7 +240,7 @@ class World:
         asked = traffic.per_s + self.backlog / dt_s
         served = min(asked, sum(most.values()))
         self.backlog = 0.0 if self.provider else (asked - served) * dt_s
-        finished = asked if self.provider else served
+        finished, outside = served, asked - served if self.provider else 0.0
         self._doing, self.in_flight = {}, {}
         for name, truth in truths.items():
             tokens_per_s = served * most[name] / sum(most.values()) * traffic.output_tokens
@@ -267,6 +267,9 @@ class World:
             finished,
             finished * traffic.prompt_tokens,
             finished * traffic.output_tokens,
+            outside,
+            outside * traffic.prompt_tokens,
+            outside * traffic.output_tokens,
         )
 
     def _truth(self, run: Running) -> Truth:
@@ -300,6 +303,7 @@ class World:
         if ready:
             status = "DEPLOY_FAILED" if run.fails else "RUNNING"
         world = run.spec.parallelism.data
+        silent = run.mute or run.dead
         replicas = tuple(
             ReplicaSeen("RUNNING" if ready else "STARTING", f"node-{index}/{index}", not run.dead)
             for index in range(world)
@@ -307,9 +311,9 @@ class World:
         ranks = tuple(
             RankSeen(
                 base_url=f"http://{name}:{index}",
-                failures=3 if run.mute else 0,
-                index=None if run.mute else index,
-                world_size=None if run.mute else world,
+                failures=3 if silent else 0,
+                index=None if silent else index,
+                world_size=None if silent else world,
             )
             for index in range(world)
             if ready and not run.fails

@@ -10,6 +10,8 @@
       key: {{ .key }}
 {{- end }}
 {{- end }}
+- name: VLLM_HOST_IP
+  valueFrom: {fieldRef: {fieldPath: status.podIP}}
 {{- /* Each rank listens on its own port. KubeRay sets the next three only for a RayService: without them a dead
        head keeps Serve waiting. A node that has not reached the head for ten seconds ends itself, so that its
        group can start elsewhere. Large models load for longer than vLLM's own ten minutes. */}}
@@ -21,7 +23,16 @@
   "RAY_timeout_ms_task_wait_for_death_info" "0"
   "RAY_grpc_client_keepalive_timeout_ms" "10000"
   "RAY_gcs_rpc_server_reconnect_timeout_s" "10"
-  "VLLM_ENGINE_READY_TIMEOUT_S" "3600" }}
+  "VLLM_ENGINE_READY_TIMEOUT_S" "3600"
+  "RAYLLM_ENABLE_WORKER_PROCESS_SETUP_HOOK" "0"
+  "RAY_USAGE_STATS_ENABLED" "0"
+  "VLLM_NO_USAGE_STATS" "1" }}
+{{- if .withoutAccelerators }}
+{{- /* A rank has one core, and compiling would keep the first request waiting. */}}
+{{- $_ := set $platform "OMP_NUM_THREADS" "1" }}
+{{- $_ := set $platform "TORCHDYNAMO_DISABLE" "1" }}
+{{- $_ := set $platform "VLLM_CPU_OMP_THREADS_BIND" "nobind" }}
+{{- end }}
 {{- if .cache }}
 {{- $_ := set $platform "HF_HUB_CACHE" (printf "%s/hub" .cache.mountPath) }}
 {{- $_ := set $platform "VLLM_CACHE_ROOT" "/cache/vllm" }}

@@ -60,7 +60,7 @@ function explanation(found) {
   const parts = [
     element("p", {}, `${count(demand.queued)} queued, the oldest for ${lapse(demand.oldest_wait_s)}; ` +
       `${count(demand.running)} running. ${found.need} groups needed, ${found.wanted} wanted. ` +
-      `Bound by ${found.binding.replaceAll("_", " ")}: ${found.binding_words}.`),
+      `Bound by ${found.binding_words}.`),
     list("It does", found.actions.map((action) => `${action.kind} ${action.group}: ${action.why}`)),
     list("It would", found.advice.map((action) => `${action.kind} ${action.group}: ${action.why}`)),
     list("It saw", found.inputs.map((one) =>
@@ -102,7 +102,7 @@ function expected(one) {
   const starts = one.starts.map((start) =>
     `${start.group} ready in ${wait(start.ready_in_s)}`).join(", ");
   return `${starts ? `${starts}; ` : ""}a load of ${count(one.load, 2)} in ${lapse(one.horizon_s)}, ` +
-    `a wait of ${wait(one.wait_s)}, ${dollars(one.usd_per_hour)}/h`;
+    `${one.wait_s === null ? "a wait that is not known" : `a wait of ${lapse(one.wait_s)}`}, ${dollars(one.usd_per_hour)}/h`;
 }
 
 function happened(one) {

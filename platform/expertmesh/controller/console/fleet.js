@@ -40,7 +40,8 @@ function updatePool(node, pool, groups, nowSeconds, openAtFirst) {
   const shown = (pool.nodes ?? []).map((one) => ({
     ...one, ranks: placed.filter(({ rank }) => rank.node === one.id),
   }));
-  if (homeless.length) shown.push({ id: "", name: "not placed", workers: 0, ranks: homeless });
+  const where = pool.nodes === null ? "somewhere" : "not placed yet";
+  if (homeless.length) shown.push({ id: "", name: where, workers: 0, ranks: homeless });
   keep(nodes, shown, (one) => one.id, makeNode, updateNode);
   keep(list, groups, (group) => group.name, (group) => makeGroup(openAtFirst, group),
     (one, group) => updateGroup(one, group, nowSeconds));
@@ -80,7 +81,7 @@ function updateCell(node, { group, rank }) {
     `${rank.waiting} waiting, KV cache ${percent(rank.kv_usage)}`;
   mark(node, "title", text);
   mark(node, "aria-label", text);
-  say(node, `r${rank.index}`);
+  say(node, `${group.name.split("-").at(-1)}·r${rank.index}`);
 }
 
 function makeGroup(open) {
@@ -88,7 +89,7 @@ function makeGroup(open) {
   group.open = open;
   group.parts = {
     name: element("span", { class: "group-name" }), state: element("span", { class: "group-state" }),
-    note: element("span", { class: "note" }), message: element("p"), ranks: element("ul"),
+    note: element("span", { class: "note" }), message: element("p"), ranks: element("ul", { class: "ranks" }),
     heat: element("p", { class: "heat-note" }),
   };
   group.append(
@@ -110,8 +111,10 @@ function updateGroup(node, group, nowSeconds) {
   say(note, `for ${lapse(nowSeconds - group.since_s)}${eta} · ${dollars(group.usd_per_hour)}/h · ` +
     `TP${group.tensor} DP${group.data} EP${group.expert}`);
   say(message, group.message);
+  const serves = group.ranks.some((rank) => rank.answered_at_s !== null);
+  ranks.hidden = !serves;
   keep(ranks, group.ranks, (rank) => rank.index, makeRank, (one, rank) => {
-    const about = rank.answered_at_s === null ? "no answer yet" :
+    const about = rank.answered_at_s === null ? "no answer" :
       `${count(rank.running)} running, ${count(rank.waiting)} waiting, KV ${percent(rank.kv_usage)}`;
     say(one.parts.name, `r${rank.index}`);
     say(one.parts.text, about);
@@ -125,7 +128,7 @@ function makeRank() {
     heat: drawing("svg", { class: "heat", preserveAspectRatio: "none", role: "img" }),
   };
   row.parts.heat.setAttribute("hidden", "");
-  row.append(row.parts.name, row.parts.text, element("span"), row.parts.heat);
+  row.append(row.parts.name, row.parts.text, row.parts.heat);
   return row;
 }
 
@@ -144,9 +147,9 @@ function drawHeat(group) {
     for (const row of ranks.children) row.parts.heat.setAttribute("hidden", "");
     return;
   }
-  const span = heat.lately ? "over the last 10 s" : "since its start";
+  const span = heat.lately ? "last 10 s" : "since the start";
   say(note, heat.imbalance === null ? "Experts: nothing routed yet." :
-    `Experts ${span}: heaviest rank ${heat.imbalance.toFixed(2)} × the mean.`);
+    `Experts, ${span}: heaviest rank ${heat.imbalance.toFixed(2)} × the mean.`);
   if (!group.open) return;
   const all = Object.values(heat.ranks).flatMap((experts) => Object.values(experts));
   const hottest = Math.max(1, ...all);
@@ -158,7 +161,8 @@ function drawHeat(group) {
 
 function drawRow(svg, experts, hottest, index) {
   const cells = Object.entries(experts).map(([id, tokens]) => [Number(id), tokens])
-    .sort((one, other) => one[0] - other[0]).slice(0, CELLS_AT_MOST);
+    .sort((one, other) => one[0] - other[0]).slice(0, CELLS_AT_MOST)
+    .map(([id, tokens], place) => [id, tokens, place]);
   svg.toggleAttribute("hidden", cells.length === 0);
   if (!cells.length) return;
   svg.setAttribute("viewBox", `0 0 ${cells.length} 1`);
@@ -166,8 +170,8 @@ function drawRow(svg, experts, hottest, index) {
     const cell = drawing("rect", { y: 0, height: 1, width: 0.9, "data-expert": id });
     cell.append(drawing("title"));
     return cell;
-  }, (cell, [id, tokens]) => {
-    cell.setAttribute("x", cells.findIndex((one) => one[0] === id));
+  }, (cell, [id, tokens, place]) => {
+    cell.setAttribute("x", place);
     cell.setAttribute("fill-opacity", (0.06 + 0.94 * (tokens / hottest)).toFixed(3));
     say(cell.firstChild, `expert ${id}: ${count(tokens)} tokens`);
   });

@@ -113,7 +113,8 @@ async function tryEnter(secret) {
   try {
     await enter(secret);
   } catch (error) {
-    askWho(error instanceof TypeError ? "No answer from the controller." : error.message);
+    if (session()) look();
+    else askWho(error instanceof TypeError ? "No answer from the controller." : error.message);
     return;
   }
   byId("secret").value = "";
@@ -133,6 +134,6 @@ byId("leave").addEventListener("click", () => { leave(); askWho(); });
 setInterval(judge, 500);
 
 const ticket = takeTicket();
-if (session()) look();
-else if (ticket) tryEnter(ticket);
+if (ticket) tryEnter(ticket);
+else if (session()) look();
 else askWho();

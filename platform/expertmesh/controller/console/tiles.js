@@ -16,6 +16,7 @@ export function showTiles(picture, today, nowSeconds) {
   const wanted = sum(models, (model) => model.wanted);
   const ready = groups.filter((group) => group.state === "ready").length;
   const lost = groups.filter((group) => group.state === "lost").length;
+  const unseen = picture.pools.some((pool) => pool.idle_usd_per_hour === null);
   const idle = sum(picture.pools, (pool) => pool.idle_usd_per_hour ?? 0);
   const silent = sum(models, (model) => model.stale_gateways);
   const late = models.filter((model) => model.ttft_s !== null && model.ttft_s > model.ttft_target_s);
@@ -43,7 +44,7 @@ export function showTiles(picture, today, nowSeconds) {
     { id: "groups", name: "Groups ready / wanted", value: `${ready} / ${wanted}`,
       note: lost ? `${lost} lost` : `${groups.length} in all`, level: lost ? "bad" : null },
     { id: "cost-now", name: "Cost now, an hour", value: dollars(picture.usd_per_hour), line: "cost",
-      note: `idle nodes ${dollars(idle)}` },
+      note: unseen ? "idle nodes not known" : `idle nodes ${dollars(idle)}` },
     { id: "cost-today", name: "Capacity today", value: known ? dollars(known.capacity_usd) : NOTHING,
       note: known ? `idle nodes ${dollars(known.idle_nodes_usd)}` : missing },
     { id: "tariff-today", name: "Revenue today", value: known ? dollars(known.tariff_usd) : NOTHING,

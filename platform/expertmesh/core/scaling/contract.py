@@ -117,7 +117,7 @@ class ModelState:
     seen_at_s: float | None = None
     """Time of the last decision."""
     idle_since_s: float | None = None
-    """Since when nothing has waited or run."""
+    """Since when nothing has come, waited or run."""
     rise: Rise | None = None
     peak: Peak = field(default_factory=Peak)
     """Of the need."""

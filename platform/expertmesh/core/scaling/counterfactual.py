@@ -292,4 +292,4 @@ class _Search:
 
 
 def _usd(amount: float) -> str:
-    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.4g}"
+    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.4f}"

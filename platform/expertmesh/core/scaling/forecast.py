@@ -19,6 +19,7 @@ _DAMPING = 0.5
 """Share of the trend over the horizon that is believed."""
 _WEIGHT_RATE = 0.1
 _MARGIN_RATE = 0.04
+_LEAST_QUANTILE = 0.6
 _MOST_QUANTILE = 0.9999
 _MARGIN = 0.215
 """For each standard deviation that the wanted quantile is from the mean: 0.5 for 99 %. Found by
@@ -144,7 +145,7 @@ class Forecaster:
 
 
 def usual_margin(quantile: float) -> float:
-    return _MARGIN * max(0.0, NormalDist().inv_cdf(min(_MOST_QUANTILE, quantile)))
+    return _MARGIN * NormalDist().inv_cdf(min(_MOST_QUANTILE, max(_LEAST_QUANTILE, quantile)))
 
 
 def _weighed(guesses: tuple[float, ...], weights: tuple[float, ...]) -> float:

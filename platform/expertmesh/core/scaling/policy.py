@@ -146,17 +146,27 @@ class _Turn:
         since_s = now_s - state.seen_at_s if state.seen_at_s is not None else 0.0
         # A clock that jumps, or a long pause, is no time in which anything was seen.
         self.over_s = since_s if 0.0 < since_s <= _LONGEST_STEP_S else 0.0
-        self.groups = {record.spec.name: record for record in state.groups}
+        # A clock that was set back leaves times in the future, which would hold things for as long.
+        self.groups = {
+            record.spec.name: replace(record, since_s=min(record.since_s, now_s))
+            for record in state.groups
+        }
         self.next_n = state.next_n
-        self.idle_since_s = state.idle_since_s
-        self.rise = state.rise
+        idle_s = state.idle_since_s
+        self.idle_since_s = None if idle_s is None else min(idle_s, now_s)
+        rise = state.rise
+        self.rise = None if rise is None else replace(rise, since_s=min(rise.since_s, now_s))
         self.peak = state.peak
         self.work = state.work
         self.forecast = state.forecast
         self.learned = dict(state.learned)
         self.zones = dict(state.zones)
         self.spending = state.spending
-        self.backoff = dict(state.backoff)
+        latest_s = now_s + self.timing.backoff_max_s
+        self.backoff = {
+            pool: replace(backoff, until_s=min(backoff.until_s, latest_s))
+            for pool, backoff in state.backoff.items()
+        }
         self.start_s = dict(state.start_s)
 
         self.demand = Demand()
@@ -285,7 +295,9 @@ class _Turn:
             stale_s=self.timing.gateway_stale_s,
             forget_s=self.timing.gateway_forget_s,
         )
-        if self.demand.work > 0 or self._why_unseen() is not None:
+        # What only external providers serve waits and runs nowhere here.
+        comes = self.demand.work > 0 or self.demand.flow.arrivals_per_s > 0
+        if comes or self._why_unseen() is not None:
             self.idle_since_s = None
         elif self.idle_since_s is None:
             self.idle_since_s = self.now_s
@@ -493,7 +505,12 @@ class _Turn:
         """`held_back`: not from pools where starts failed lately or zones that were just lost."""
         load = self.load
         late = max(0.0, min(1.0, max(load.now, load.needed) - load.ready - load.coming))
-        late_usd_per_hour = late * self._miss_usd_per_hour()
+        miss_usd_per_hour = self._miss_usd_per_hour()
+        external_usd, _ = self._external(1.0)
+        if external_usd is not None:
+            # Until a group is ready, a provider serves what would wait.
+            miss_usd_per_hour = min(miss_usd_per_hour, external_usd)
+        late_usd_per_hour = late * miss_usd_per_hour
         kept = self._counts([*self._active(), *self._recallable()])
         return tuple(
             offer(
@@ -728,7 +745,7 @@ class _Turn:
         the load of now and are not too few."""
         if self.now_s - record.since_s < self._hold_s() and not self._is_idle():
             return False
-        if record.state is not GroupState.READY:
+        if record.state is not GroupState.READY or self.target.binding is Binding.EXTERNAL:
             return True
         rest = [
             other

@@ -54,7 +54,9 @@ class Work:
             output_tokens_per_s=_towards(
                 self.output_tokens_per_s, flow.output_tokens_per_s, lengths
             ),
-            finished=self.finished * (1 - lengths) + flow.finished_per_s * over_s,
+            # Lengths that were known stay so while nothing finishes here.
+            finished=max(self.finished * (1 - lengths), min(self.finished, _FEW))
+            + flow.finished_per_s * over_s,
             for_s=min(for_s, 2 * _SELDOM_S),
         )
 
