@@ -32,8 +32,12 @@ class RankTotals:
                 info.output_tokens_total,
                 info.preemptions_total,
             )
+        # Ranks read their experts every few seconds: most looks show nothing new of them.
+        same = info.expert_tokens == before.expert_tokens
         return Grown(
-            {
+            {}
+            if same
+            else {
                 expert: tokens - before.expert_tokens.get(expert, 0)
                 for expert, tokens in info.expert_tokens.items()
             },

@@ -182,7 +182,7 @@ def test_an_overflow_makes_fewer_groups_enough_and_a_mere_fallback_does_not() ->
 def test_a_replacement_that_does_not_fit_beside_what_is_there_is_not_begun() -> None:
     there, cheaper = offer("there", 1.0, 1.0, 2), offer("cheaper", 1.0, 0.5)
     for bounds in ({"high": 2}, {"usd": 2.4}, {"workers": 5}):
-        found = target(problem(there, cheaper, load=2.0, **bounds))  # type: ignore[arg-type]
+        found = target(problem(there, cheaper, load=2.0, **bounds))
         assert (found.counts, found.replaces) == ({"there": 2, "cheaper": 0}, False)
         assert found.binding is Binding.LOAD
 

@@ -126,7 +126,7 @@ def token_config(
         pools = pools or (pool("only", 0.5, nodes=40),)
         options = tuple(size_option(each) for each in pools)
     plain: dict[str, object] = {"up_delay_s": 0.0, "down_delay_s": None, "max_groups": 12}
-    base = config(*pools, **(plain | changes))
+    base = config(*pools, **(plain | changes))  # type: ignore[arg-type]
     return replace(base, options=options)
 
 
