@@ -159,7 +159,7 @@ def _run_silent(arguments: list[str]) -> None:
 
     for name in ("answered", "judged", "waited", "rejected", "refused", "aborted"):
         setattr(GatewayMetrics, name, nothing)
-    tally.HistogramChild.observe = nothing  # type: ignore[method-assign]
+    tally.HistogramChild.observe = nothing  # type: ignore[assignment,method-assign]
     Settlement._judge = nothing  # type: ignore[assignment,method-assign]
     sys.argv = ["expertmesh", *arguments]
     expertmesh()

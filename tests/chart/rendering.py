@@ -91,7 +91,7 @@ def helm(*arguments: str) -> subprocess.CompletedProcess[str]:
     # Nobody's own repositories or plugins take part.
     env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "HELM_PLUGINS": "/nonexistent"}
     return subprocess.run(
-        [program, *arguments], capture_output=True, text=True, timeout=60, check=False, env=env
+        [program, *arguments], capture_output=True, text=True, timeout=300, check=False, env=env
     )
 
 

@@ -204,7 +204,7 @@ def test_the_gateway_image_s_installation_runs_what_the_chart_starts(tmp_path: P
     assert words[:2] == ["/opt/expertmesh/venv/bin/pip", "install"]
     done = subprocess.run(
         [environment / "bin/pip", "--disable-pip-version-check", *words[1:]],
-        cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=1500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     clean = {"PATH": f"{environment}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}

@@ -4,6 +4,7 @@ Run `EXPERTMESH_WRITE_GOLDEN=1 python -m pytest tests/chart/test_golden.py` afte
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,14 @@ def worker_groups(rendered: Rendered) -> list[dict[str, Any]]:
     return groups
 
 
-CASES = {
+NO_FILES = {"monitoring.dashboards.enabled": False}
+"""Dashboards have tests and files of their own."""
+CASES: dict[str, Callable[[], Any]] = {
     "objects-defaults": lambda: index(render()),
     "objects-everything": lambda: index(render(values={**EVERYTHING, **NO_FILES})),
     "controller-defaults": lambda: controller(render()),
     "workers-eks-spot": lambda: worker_groups(render(profile=CHART / "profiles/eks-spot.yaml")),
 }
-NO_FILES = {"monitoring.dashboards.enabled": False}
-"""Dashboards have tests and files of their own."""
 
 
 @pytest.mark.parametrize("name", CASES)

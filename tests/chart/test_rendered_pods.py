@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,10 @@ class Running:
         answer = httpx.get(f"{self.controller_url}/v1/fleet", headers=headers, timeout=10)
         fleet = answer.raise_for_status().json()
         return [group for group in fleet["groups"] if group["state"] == state]
+
+
+def answers(url: str) -> bool:
+    return httpx.get(url).status_code == 200
 
 
 def machine_environment() -> dict[str, str]:
@@ -200,11 +205,7 @@ async def test_the_rendered_pods_serve_a_request(tmp_path: Path) -> None:
         ):
             for probe in ("livenessProbe", "readinessProbe"):
                 path = pod.container[probe]["httpGet"]["path"]
-                await system.until(
-                    lambda asked=url + path: httpx.get(asked).status_code == 200,
-                    120,
-                    f"{pod.name} answers {path}",
-                )
+                await system.until(partial(answers, url + path), 120, f"{pod.name} answers {path}")
         await system.until(lambda: system.groups("ready"), _GROUP_S, "a group is ready")
 
         # The controller leads by a Lease, and says in Kubernetes why it started a group.

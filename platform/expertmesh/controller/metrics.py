@@ -129,7 +129,8 @@ class ControllerMetrics:
             *(self._desired, self._need, self._demand, self._queued, self._oldest_wait),
             *(self._predicted_wait, self._load, self._binding, self._target, self._advice),
             *(self._forecast_margin, self._expected_start, self._learned_ratio),
-            *(self._slo, self._wait_limit, self._spent_today, self._budget_rate, self._budget_day, self._external_price),
+            *(self._slo, self._wait_limit, self._spent_today),
+            *(self._budget_rate, self._budget_day, self._external_price),
         )
         for family in gauges:
             family.drop("model", model)
