@@ -19,7 +19,7 @@ from expertmesh.core.scaling.mix import (
     priced,
 )
 from expertmesh.core.scaling.policy import Question
-from expertmesh.core.scaling.target import Problem, Target, find_target
+from expertmesh.core.scaling.target import WORTH_IT, Problem, Target, find_target
 
 _SMALL = 1e-9
 _PARTS = 2
@@ -297,10 +297,10 @@ class _Base:
             return self._dearer(mix, cost)
         if more > 0:
             return "costs the same within 1 %, but changes more of what there is"
-        if self.has_kept:
-            return "saves too little to replace groups that carry the load"
         if not self.was_reachable:
             return "the cheapest cannot be had from what there is: it must be more groups or fewer"
+        if self.has_kept and cost.usd > WORTH_IT * self.cost.usd:
+            return "saves too little to replace groups that carry the load"
         return f"saves {-more / self.compared_usd:.2%}: too little to look for"
 
     def bars(self, mix: Mix) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from expertmesh.core.scaling.contract import Binding
 from expertmesh.core.scaling.mix import Bounds, Mix, Need, Offer, cheapest, fits, priced
 
-_WORTH_IT = 0.95
+WORTH_IT = 0.95
 """A group that carries its load is replaced only by one that is cheaper by more than this share,
 its start included."""
 _ANY = 1 << 30
@@ -70,7 +70,7 @@ def find_target(problem: Problem, obstacles: Sequence[Obstacle]) -> Target:
         and fits(offers, bounds, problem.active)
     )
     replaces = adds and suffices
-    if replaces and mix.usd > _WORTH_IT * now.usd:
+    if replaces and mix.usd > WORTH_IT * now.usd:
         mix, adds, replaces = now, False, False
     kept = _kept(problem, mix, external)
     counts = tuple(max(n, k) for n, k in zip(mix.counts, kept, strict=True))
