@@ -120,7 +120,7 @@ class _Search:
                 name,
                 setting(flips),
                 setting(keeps),
-                f"with {name} at {_usd(flips * step)}/h a group or more (it costs {_usd(price)})",
+                f"with {name} at {_usd(flips * step)}/h a group (it costs {_usd(price)})",
             )
         found = self._first(Effect.MORE, name, setting, at + 1, 1)
         if found is None:
@@ -138,7 +138,7 @@ class _Search:
             name,
             setting(flips),
             setting(keeps),
-            f"with {name} at {_usd(flips * step)}/h a group or less (it costs {_usd(price)})",
+            f"with {name} at {_usd(flips * step)}/h a group (it costs {_usd(price)})",
         )
 
     def _bar_of(self, name: str) -> str:
