@@ -60,7 +60,9 @@ def test_a_rise_is_followed_and_a_fall_is_too_and_nothing_swings() -> None:
     assert ready(outcome, 599) in (1, 2)
     assert outcome.counts.starts <= 8, "one for each group of both rises, and some in hand"
     least = least_cost(problem(scenario(planned()), work))
-    assert isinstance(least, Least) and outcome.usd < 1.5 * least.usd
+    assert isinstance(least, Least) and outcome.usd < 1.6 * least.usd, (
+        "of few groups one in hand is a large share"
+    )
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
