@@ -63,6 +63,8 @@ class Demo:
         self._model = local.system.models[0].name
         self._started_at_s = time.time()
         self._told_up_to = 0
+        self._is_streaming = False
+        """An answer is being written: nothing else is told in the middle of it."""
 
     async def run(self) -> UsageReport:
         async with self._client() as client, aiohttp.ClientSession() as http:
@@ -121,6 +123,7 @@ class Demo:
             temperature=0.0,
             stream=True,
         )
+        self._is_streaming = True
         self._write("\n    ")
         async for chunk in stream:
             text = chunk.choices[0].delta.content if chunk.choices else None
@@ -129,6 +132,7 @@ class Demo:
                 chunks += 1
                 self._write(text.replace("\n", "\n    "))
         self._write("\n\n")
+        self._is_streaming = False
         duration_s = time.monotonic() - sent_s
         self._report(
             f"first text after {(first_s or duration_s) * 1000:.0f} ms, "
@@ -260,7 +264,7 @@ class Demo:
             with contextlib.suppress(UpstreamUnavailable):
                 decisions = await view.decisions(20)
                 for decision in sorted(decisions, key=lambda each: int(each["seq"])):
-                    is_new = decision["seq"] > self._told_up_to
+                    is_new = decision["seq"] > self._told_up_to and not self._is_streaming
                     if is_new and decision["at_s"] >= self._started_at_s:
                         self._told_up_to = decision["seq"]
                         self._report(f"  decision {decision['seq']}: {decision['reason']}")
