@@ -40,9 +40,10 @@ def test_the_demo_tells_its_whole_story(tmp_path: Path) -> None:
     assert any(budget in reason for reason in reasons)
     notice = r"draining em-tiny-moe-cheap-1: a node of it will be taken away in \d+ s"
     assert any(re.search(notice, reason) for reason in reasons)
-    assert any("starting em-tiny-moe-dear-3" in reason for reason in reasons)
+    assert any(re.search(r"starting em-tiny-moe-dear-[3-9]", reason) for reason in reasons)
     assert "a node of cheap is gone" in told
-    assert "em-tiny-moe-cheap-1 had moved to pool dear as em-tiny-moe-dear-3; 0 requests" in told
+    moved = r"em-tiny-moe-cheap-1 had moved to pool dear as em-tiny-moe-dear-[3-9]; 0 requests"
+    assert re.search(moved, told)
     sum_told = r"capacity ([\d.]+) \$ = ((?:(?: ?\+ )?[a-z ]+ [\d.]+ \$)+)"
     money = re.search(sum_told, " ".join(told.split()))
     assert money is not None
