@@ -6,7 +6,14 @@ from tests.core.scaling.world import World, config, pool
 
 from expertmesh.core.domain.fleet import GroupState
 from expertmesh.core.domain.hardware import Market
-from expertmesh.core.scaling.contract import ActionKind, Decision, Observation, PoolSeen, Timing
+from expertmesh.core.scaling.contract import (
+    ActionKind,
+    Binding,
+    Decision,
+    Observation,
+    PoolSeen,
+    Timing,
+)
 from expertmesh.core.scaling.demand import GatewaySeen
 from expertmesh.core.scaling.policy import decide
 
@@ -489,3 +496,31 @@ def test_gateways_clocks_do_not_matter() -> None:
     )
     decision = decide(world.config, world.state, observation, world.now_s)
     assert decision.demand.live_gateways == 1
+
+
+def test_a_need_that_cannot_be_met_is_told_the_same_way_for_as_long_as_it_lasts() -> None:
+    """Otherwise each delay would begin anew, and `pending` would come and go."""
+    world = warm_world(2)
+    decisions = world.steps(30, queued=40)
+    told = {(d.pending, d.binding) for d in decisions[4:]}
+    assert len(told) == 1
+    (pending, binding) = told.pop()
+    assert binding is Binding.ROOM and pending is not None
+    assert pending.startswith("pending: no room in pool cheap")
+
+
+def test_a_need_that_grows_is_followed_while_its_delays_pass() -> None:
+    world = World(config(pool("only", nodes=20), max_groups=8, min_groups=1), start_s=5)
+    world.steps(8)
+    started = [len(kinds(world.step(queued))) for queued in (12, 12, 12, 12, 30, 30, 30, 30)]
+    assert started == [0, 0, 0, 1, 0, 0, 0, 2]
+
+
+def test_starts_that_take_long_by_plan_are_given_the_time() -> None:
+    slow = config(pool("only", nodes=4), min_groups=1)
+    options = tuple(replace(option, start_s=600.0) for option in slow.options)
+    world = World(replace(slow, options=options), start_s=5000.0)
+    world.step()
+    assert all(world.step(dt_s=30.0).state.groups[0].state is STARTING for _ in range(79))
+    world.step(dt_s=30.0)
+    assert "start failed: not ready after 2400 s" in world.step(dt_s=30.0).reason

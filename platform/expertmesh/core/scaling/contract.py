@@ -27,6 +27,10 @@ from expertmesh.core.scaling.spot import Zone
 from expertmesh.core.scaling.work import Work
 
 
+_SLOW_START = 4.0
+"""Times the planned start; plans were within a factor of 3 of the starts that are published."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timing:
     """How patient the controller is; the same for every model."""
@@ -38,7 +42,7 @@ class Timing:
     probe_failures: int = 3
     """Unanswered probes of one rank in a row that make its group lost."""
     start_deadline_s: float = 900.0
-    """A group that is not ready by then has failed to start."""
+    """A group that is not ready by then has failed to start, unless its starts take long."""
     restart_grace_s: float = 60.0
     """Time for Serve to restart a broken gang; it notices a dead engine after about 26 s."""
     backoff_first_s: float = 10.0
@@ -59,6 +63,15 @@ class ScalingConfig:
     slo: Slo = field(default_factory=Slo)
     max_wait_s: float = 30.0
     external: tuple[ExternalRoute, ...] = ()
+
+    def start_deadline_s(self, spec: GroupSpec) -> float:
+        """A start that takes much longer than planned has failed."""
+        planned = (
+            option.start_s
+            for option in self.options
+            if (option.pool, option.parallelism) == (spec.pool, spec.parallelism)
+        )
+        return max(self.timing.start_deadline_s, _SLOW_START * next(planned, 0.0))
 
 
 def workers_of(parallelism: Parallelism) -> int:
@@ -99,6 +112,8 @@ class Rise:
     since_s: float
     load: float
     """The lowest such need since then."""
+    held: float = 0.0
+    """The lowest of the time before, once the need has lasted long enough; it counts already."""
 
 
 @dataclass(frozen=True, slots=True)

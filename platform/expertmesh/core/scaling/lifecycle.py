@@ -164,8 +164,9 @@ def _start(
             )
         elif application.status == "DELETING":
             failure = "start failed: Serve is deleting its application"
-    if failure is None and now_s - record.since_s >= config.timing.start_deadline_s:
-        failure = f"start failed: not ready after {config.timing.start_deadline_s:g} s"
+    deadline_s = config.start_deadline_s(record.spec)
+    if failure is None and now_s - record.since_s >= deadline_s:
+        failure = f"start failed: not ready after {deadline_s:g} s"
     if failure is not None:
         return replace(enter(record, GroupState.LOST, now_s, failure), failed_start=True)
     if room.possible is False:

@@ -265,7 +265,7 @@ class _Turn:
             if after.state is GroupState.LOST and after.removed_at_s is None:
                 self.wakes_s.append(after.since_s + self.timing.restart_grace_s)
             if after.state is GroupState.STARTING:
-                self.wakes_s.append(after.since_s + self.timing.start_deadline_s)
+                self.wakes_s.append(after.since_s + self.config.start_deadline_s(after.spec))
 
     def _watch_zone(self, record: GroupRecord, seen: GroupSeen) -> None:
         zone_name = self._zone_of(record.spec.pool)
@@ -394,16 +394,23 @@ class _Turn:
             return
         if self.rules.up_delay_s == 0.0:
             return
-        rise = self.rise or Rise(self.now_s, load.needed)
+        rise = self.rise
+        if rise is None or 0.0 < rise.held <= there:
+            # What has held is met by what is coming: this is another rise.
+            rise = Rise(self.now_s, load.needed)
         self.rise = replace(rise, load=min(rise.load, load.needed))
         due_s = rise.since_s + self.rules.up_delay_s
         if self.now_s >= due_s:
             self.planned_load = self.rise.load
-            self.rise = Rise(self.now_s, load.needed)
-            held_s = self.now_s - rise.since_s
-            self.notes.append(f"the higher need has held for {held_s:.1f} s")
+            self.rise = Rise(self.now_s, load.needed, held=self.rise.load)
+            if not rise.held:
+                held_s = self.now_s - rise.since_s
+                self.notes.append(f"the higher need has held for {held_s:.1f} s")
             return
         self.wakes_s.append(due_s)
+        if rise.held:
+            self.planned_load = min(rise.held, load.needed)
+            return
         self.binding = Binding.DELAY
         if there == 0:
             self.planned_load = _ANY_LOAD
@@ -814,7 +821,7 @@ class _Turn:
             why = f"cheaper than what there is, ${option.usd_per_hour:.2f}/h"
         self.actions.append(Action(ActionKind.START, name, why, spec))
         self._keep(record, None, why)
-        self.wakes_s.append(self.now_s + self.timing.start_deadline_s)
+        self.wakes_s.append(self.now_s + self.config.start_deadline_s(spec))
 
     # Small questions
 

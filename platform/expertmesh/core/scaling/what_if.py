@@ -173,7 +173,9 @@ def _load(case: _Case, value: str) -> _Case:
         _times_arrivals(state, times),
         forecast=_times_forecast(state.forecast, times),
         peak=Peak(tuple((at_s, held * times) for at_s, held in state.peak.falls)),
-        rise=replace(rise, load=rise.load * times) if rise is not None else None,
+        rise=replace(rise, load=rise.load * times, held=rise.held * times)
+        if rise is not None
+        else None,
     )
     groups = tuple(
         replace(group, doing=_times_doing(group.doing, times)) if group.doing else group
