@@ -5,12 +5,16 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
 import pytest
+
+from expertmesh.store.database import open_database
+from expertmesh.store.journal import Journal
 
 TOKEN = "the mesh token"
 COMMAND = "import typer\nfrom expertmesh.cli.controller import controller\ntyper.run(controller)\n"
@@ -213,3 +217,40 @@ async def test_one_that_is_alone_needs_no_lease(folder: Path) -> None:
         process.send_signal(signal.SIGTERM)
         await text_of(process)
     assert process.returncode == 0
+
+
+async def test_old_decisions_are_forgotten(folder: Path) -> None:
+    port, now_s = free_port(), time.time()
+    store = f"sqlite+aiosqlite:///{folder / 'store.db'}"
+    database = await open_database(store)
+    try:
+        journal = Journal(database)
+        for age_s in (9000.0, 8000.0, 10.0):
+            await journal.append(now_s - age_s, "note", None, {"age_s": age_s})
+        options = ("--store", store, "--keep-decisions", "1h")
+        async with (
+            controller(folder, port, *options, EXPERTMESH_MESH_TOKEN=TOKEN) as process,
+            asyncio.timeout(30),
+        ):
+            ages_s: list[float] = []
+            while ages_s != [10.0]:
+                await asyncio.sleep(0.2)
+                ages_s = await _ages_s(journal)
+            process.send_signal(signal.SIGTERM)
+            await text_of(process)
+        assert process.returncode == 0
+    finally:
+        await database.close()
+
+
+async def _ages_s(journal: Journal) -> list[float]:
+    entries = await journal.read(limit=1000)
+    return [entry.payload["age_s"] for entry in entries if entry.kind == "note"]
+
+
+async def test_a_duration_that_is_none_is_refused(folder: Path) -> None:
+    options = ("--keep-decisions", "long")
+    async with controller(folder, free_port(), *options, EXPERTMESH_MESH_TOKEN=TOKEN) as process:
+        text = await text_of(process)
+    assert process.returncode == 2
+    assert "'long': write a number and s, m, h, d or w" in " ".join(text.split())

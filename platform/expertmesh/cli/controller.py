@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from expertmesh.cli.store import STORE_VARIABLE, sqlite_url
+from expertmesh.cli.times import duration_s
 from expertmesh.errors import ExpertMeshError, SetupError
 from expertmesh.launch.controller import ControllerSettings, LeaseKind, serve_controller
 from expertmesh.spec.load import System, load_system
@@ -80,6 +81,9 @@ def controller(
             metavar="NAME", help="RayCluster of this system: decisions become its events."
         ),
     ] = None,
+    keep_decisions: Annotated[
+        str, typer.Option(metavar="DURATION", help="How long decisions stay in the journal.")
+    ] = "30d",
     kubeconfig: Annotated[
         Path | None,
         typer.Option(
@@ -117,6 +121,7 @@ def controller(
             spot_notices=tuple(spot_notices or ()),
             kubeconfig=kubeconfig,
             ray_cluster=ray_cluster,
+            keep_decisions_s=duration_s(keep_decisions),
         )
         asyncio.run(serve_controller(settings))
     except ExpertMeshError as error:

@@ -31,6 +31,7 @@ from expertmesh.controller.loop import Controller, ControllerParts
 from expertmesh.controller.memory_lease import MemoryLease
 from expertmesh.controller.notices import AllNotices, FileNotices, HttpNotices
 from expertmesh.controller.observe import HttpRankProbe, SpotNotices
+from expertmesh.controller.retention import keep_decisions
 from expertmesh.controller.today import TodayReader
 from expertmesh.controller.traced_journal import TracedJournal
 from expertmesh.core.scaling.contract import Timing
@@ -95,6 +96,8 @@ class ControllerSettings:
     """Without one, the service account of this pod."""
     ray_cluster: str | None = None
     """The RayCluster that decisions are told of, in Kubernetes' events."""
+    keep_decisions_s: float = 30 * 86_400.0
+    """Older entries of the journal are deleted, but for the newest of each model."""
 
     def __post_init__(self) -> None:
         for source in self.spot_notices:
@@ -162,7 +165,14 @@ async def _serve(settings: ControllerSettings, database: Database, stop: asyncio
         # Before the lease: who listens here is the only one that can hold it under this URL.
         await _listen(runner, settings.host, settings.port)
         _log.info("controller listens on http://%s:%d", settings.host, settings.port)
-        await leadership.run(stop)
+        forgetting = asyncio.create_task(
+            keep_decisions(Journal(database), settings.keep_decisions_s, time.time, stop)
+        )
+        try:
+            await leadership.run(stop)
+        finally:
+            forgetting.cancel()
+            await asyncio.gather(forgetting, return_exceptions=True)
     _log.info("controller stopped; the groups go on running")
 
 
