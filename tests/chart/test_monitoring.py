@@ -64,8 +64,6 @@ def test_alerts_are_shipped_as_they_are(chart: Path) -> None:
 
 @pytest.mark.parametrize("own", [True, False], ids=["the test's alerts", "the chart's alerts"])
 def test_prometheus_takes_the_rules(chart: Path, own: bool, tmp_path: Path) -> None:
-    if not own and not (CHART / "files" / "alerts.yaml").exists():
-        pytest.skip("the chart has no alerts")
     values = {"monitoring.prometheusRule.enabled": True}
     rendered = render(chart=chart if own else CHART, values=values)
     file = tmp_path / "rules.yaml"

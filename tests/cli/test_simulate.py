@@ -155,7 +155,6 @@ def test_progress_on_a_terminal(
 
 
 def test_a_plot(scenario: Path, trace: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     file = tmp_path / "runs.png"
     part = ("--policy", "static:groups=1", "--plot", file)
     assert run(scenario, "--trace", trace, *part).exit_code == 0

@@ -85,7 +85,6 @@ class TestRayServe:
     """Ray's own rules, with the time of the simulation."""
 
     def test_twice_the_target_doubles_after_thirty_seconds(self) -> None:
-        pytest.importorskip("ray.serve")
         policy = read_policy("ray-serve:target_ongoing_requests=5")(scenario())
         counts = [
             len(started(policy.decide(view(now_s, groups=groups(2, in_flight=10)))))
@@ -94,7 +93,6 @@ class TestRayServe:
         assert counts == [0, 0, 0, 2]
 
     def test_fewer_after_ten_minutes(self) -> None:
-        pytest.importorskip("ray.serve")
         policy = read_policy("ray-serve")(scenario())
         moved = [
             len(policy.decide(view(now_s, groups=groups(4, in_flight=1))))
@@ -103,13 +101,11 @@ class TestRayServe:
         assert moved == [0] * 60 + [2]
 
     def test_from_zero_at_once(self) -> None:
-        pytest.importorskip("ray.serve")
         policy = read_policy("ray-serve")(scenario())
         assert policy.decide(view(0.0)) == ()
         assert started(policy.decide(view(10.0, queued=1))) == [0]
 
     def test_the_mean_of_half_a_minute_counts(self) -> None:
-        pytest.importorskip("ray.serve")
         policy = read_policy("ray-serve:target_ongoing_requests=10,upscale_delay_s=0")(scenario())
         assert policy.decide(view(0.0, groups=groups(2, in_flight=10))) == ()
         assert policy.decide(view(10.0, groups=groups(2, in_flight=10))) == ()
