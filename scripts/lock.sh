@@ -1,14 +1,22 @@
 #!/usr/bin/env bash
-# Writes requirements/platform.txt from platform.in: pinned versions of all that the engine list does not
-# hold already, and that fit it.
+# Writes requirements/platform.txt and tests.txt from platform.in and tests.in: pinned versions of all that
+# the lists before them do not hold already, and that fit them.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../requirements"
 
-resolved="$(.venv/bin/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 \
-  --constraints requirements/engine-cpu.txt requirements/platform.in)"
-names() { sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' "$1" | tr '[:upper:]_' '[:lower:]-' | sort; }
-comm -23 <(names <(echo "${resolved}")) <(names requirements/engine-cpu.txt) |
-  while read -r name; do
-    grep -E "^${name}(\[[a-z,]*\])?==" <<<"${resolved}"
-  done >requirements/platform.txt
-echo "lock: $(wc -l <requirements/platform.txt) packages in requirements/platform.txt"
+names() { sed -n 's/^\([A-Za-z0-9._-]*\)==.*/\1/p' "$@" | tr '[:upper:]_' '[:lower:]-' | sort; }
+
+lock() {
+  local list="$1" before=("${@:2}") constraints=() file resolved
+  for file in "${before[@]}"; do constraints+=(--constraints "${file}"); done
+  resolved="$(../.venv/bin/uv pip compile --quiet --no-header --no-annotate --python-version 3.11 \
+    "${constraints[@]}" "${list}.in")"
+  comm -23 <(names <(echo "${resolved}")) <(names "${before[@]}") |
+    while read -r name; do
+      grep -E "^${name}(\[[a-z,]*\])?==" <<<"${resolved}"
+    done >"${list}.txt"
+  echo "lock: $(wc -l <"${list}.txt") packages in requirements/${list}.txt"
+}
+
+lock platform engine-cpu.txt
+lock tests engine-cpu.txt platform.txt

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Creates .venv and installs everything that this checkout runs and tests with. The first time takes a few
 # minutes; after that it returns at once unless a requirement changed. ENGINE=cpu or gpu; by default gpu
-# where an NVIDIA driver answers.
+# where an NVIDIA driver answers. `scripts/setup.sh tests` adds what only tests use.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +25,26 @@ fi
 
 wanted="$(cat requirements/*.txt pyproject.toml "$0" | sha256sum | cut -d' ' -f1)-${engine}"
 stamp="${venv}/.expertmesh-setup"
-if [[ -f "${stamp}" && "$(cat "${stamp}")" == "${wanted}" ]]; then exit 0; fi
+tests_stamp="${venv}/.expertmesh-tests"
+is_done() { [[ -f "$1" && "$(cat "$1")" == "${wanted}" ]]; }
+
+# uv does not read pip's settings: pass on where pip was told to look for wheels.
+links=()
+for place in ${PIP_FIND_LINKS:-}; do links+=(--find-links "${place}"); done
+install() {
+  VIRTUAL_ENV="${PWD}/${venv}" "${venv}/bin/uv" pip install --quiet "${links[@]}" "$@"
+}
+
+if [[ "${1:-}" == tests ]]; then
+  is_done "${stamp}" || "$0"
+  is_done "${tests_stamp}" && exit 0
+  echo "setup: installing what only tests use"
+  install --no-deps -r requirements/tests.txt ||
+    fail "requirements/tests.txt could not be installed" "check the connection, then run this again"
+  echo "${wanted}" >"${tests_stamp}"
+  exit 0
+fi
+is_done "${stamp}" && exit 0
 
 started="$(date +%s)"
 step() { echo "setup: [$(($(date +%s) - started)) s] $1"; }
@@ -47,13 +66,6 @@ step "creating ${venv} with $("${base}" --version)"
   fail "python -m venv failed" "install Python's venv module (Debian: apt-get install python3.11-venv)"
 "${venv}/bin/pip" install --quiet --disable-pip-version-check "uv==${uv_version}" ||
   fail "uv ${uv_version} could not be installed" "check that pip reaches its package index"
-
-# uv does not read pip's settings: pass on where pip was told to look for wheels.
-links=()
-for place in ${PIP_FIND_LINKS:-}; do links+=(--find-links "${place}"); done
-install() {
-  VIRTUAL_ENV="${PWD}/${venv}" "${venv}/bin/uv" pip install --quiet "${links[@]}" "$@"
-}
 
 if [[ "${engine}" == cpu ]]; then
   step "installing torch (CPU build)"

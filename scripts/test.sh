@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+scripts/setup.sh tests
 if [[ "${1:-all}" == fast ]]; then
   exec .venv/bin/python -m pytest -m "not integration and not slow" "${@:2}"
 fi
