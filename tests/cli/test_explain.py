@@ -29,7 +29,7 @@ async def recorded(**rules: object) -> list[Any]:
     system = RunningSystem(two_pools(min_groups=1, usd_per_hour_budget=1.0, **rules))
     await system.pass_s(14)
     system.gateway.queued = 16
-    await system.pass_s(6)
+    await system.pass_s(70)
     return list(system.journal.entries)
 
 
