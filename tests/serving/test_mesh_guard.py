@@ -56,6 +56,8 @@ async def test_the_token_opens_the_door() -> None:
         ((b"x-em-mesh-token", b"wrong"),),
         ((b"x-em-mesh-token", b""),),
         ((b"authorization", b"Bearer secret"),),
+        ((b"x-em-mesh-token", b"wrong,worse"),),
+        ((b"x-em-mesh-token", b","),),
     ],
 )
 async def test_without_it_nothing_is_reached(headers: tuple[tuple[bytes, bytes], ...]) -> None:

@@ -164,7 +164,7 @@ def _origin(url: str | None) -> str | None:
 
 def _mesh_token(folder: Path) -> str:
     token = read_token(MESH_TOKEN_VARIABLE, folder / "mesh_token")
-    if token is None:
+    if token is None or not token.strip(" ,"):
         raise SetupError(
             f"{MESH_TOKEN_VARIABLE}: not set; give controller, gateways and ranks the same secret, "
             "for example from `openssl rand -hex 32`"

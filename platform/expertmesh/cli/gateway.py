@@ -115,7 +115,7 @@ def _http_urls(given: list[str]) -> str:
 def _mesh_token(file: Path | None) -> str:
     if file is None:
         token = os.environ.get(MESH_TOKEN_VARIABLE, "").strip()
-        if not token:
+        if not token.strip(" ,"):
             raise SetupError(
                 f"{MESH_TOKEN_VARIABLE}: is not set; set it to the mesh token of the controller "
                 "and the ranks, or name its file with --mesh-token-file"
@@ -125,6 +125,6 @@ def _mesh_token(file: Path | None) -> str:
         token = file.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise SetupError(f"--mesh-token-file: {file}: cannot be read: {error}") from None
-    if not token:
+    if not token.strip(" ,"):
         raise SetupError(f"--mesh-token-file: {file}: is empty; write the mesh token into it")
     return token

@@ -1,6 +1,5 @@
 """The controller's HTTP API. Everything but health wants the mesh token."""
 
-import hmac
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
@@ -11,6 +10,7 @@ from aiohttp import web
 from expertmesh.controller.console import PREFIX as CONSOLE
 from expertmesh.controller.console import Console
 from expertmesh.core.domain.fleet import Fleet
+from expertmesh.core.domain.mesh_token import MeshToken
 from expertmesh.core.domain.traffic import GatewayReport
 from expertmesh.core.scaling.demand import Flow, GroupDoing
 from expertmesh.errors import ExpertMeshError
@@ -87,7 +87,7 @@ class _Api:
     def __init__(self, controller: ControllerView, mesh_token: str, role: RoleView | None) -> None:
         self._controller = controller
         self._role = role
-        self._token = mesh_token.encode()
+        self._token = MeshToken(mesh_token)
 
     @web.middleware
     async def answer_errors(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -125,7 +125,7 @@ class _Api:
     def _has_token(self, request: web.Request) -> bool:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "surrogateescape")
-        return hmac.compare_digest(given, self._token) and scheme.lower() == "bearer"
+        return self._token.admits(given) and scheme.lower() == "bearer"
 
     async def exchange(self, request: web.Request) -> web.Response:
         body = await request.read()

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from expertmesh.core.domain.mesh_token import MeshToken
+
 SESSION_S = 12 * 3600.0
 TICKET_S = 600.0
 _SESSION = "ems1"
@@ -41,6 +43,7 @@ class ConsoleAccess:
     def __init__(self, mesh_token: str, keys: AdminKeys | None, now_s: Callable[[], float]) -> None:
         """`now_s`: Unix time. Without `keys` only the mesh token and its tickets count."""
         self._token = mesh_token
+        self._mesh = MeshToken(mesh_token)
         self._keys = keys
         self._now_s = now_s
         self._began_at_s = now_s()
@@ -57,7 +60,7 @@ class ConsoleAccess:
 
     async def admits(self, credential: str) -> bool:
         """A session of this mesh token that has not ended, or the mesh token itself."""
-        if _same(credential, self._token):
+        if self._mesh.admits(_bytes(credential)):
             return True
         found = _read(self._token, _SESSION, credential[:_LONGEST])
         if found is None or found.expires_at_s <= self._now_s():
@@ -67,7 +70,7 @@ class ConsoleAccess:
         return self._keys is not None and await self._keys.is_admin(found.subject, self._now_s())
 
     async def _subject(self, secret: str) -> str | None:
-        if _same(secret, self._token):
+        if self._mesh.admits(_bytes(secret)):
             return _MESH
         if secret.startswith(_KEY_PREFIX) and self._keys is not None:
             return await self._keys.admin_id(secret, self._now_s())
@@ -117,8 +120,12 @@ def _read(mesh_token: str, kind: str, given: str) -> _Signed | None:
 
 def _mac(mesh_token: str, text: str) -> str:
     key = hmac.digest(mesh_token.encode(), b"expertmesh console", hashlib.sha256)
-    return hmac.new(key, text.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()
+    return hmac.new(key, _bytes(text), hashlib.sha256).hexdigest()
 
 
 def _same(given: str, wanted: str) -> bool:
-    return hmac.compare_digest(given.encode("utf-8", "surrogateescape"), wanted.encode())
+    return hmac.compare_digest(_bytes(given), wanted.encode())
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")

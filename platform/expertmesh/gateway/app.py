@@ -1,7 +1,6 @@
 """The gateway's application: routes, checks in the order of their cost, and the way in."""
 
 import asyncio
-import hmac
 import logging
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from urllib.parse import unquote
 import msgspec
 
 from expertmesh.core.admission.limit_book import Estimate, Refused, Reserved
+from expertmesh.core.domain.mesh_token import MeshToken
 from expertmesh.core.domain.tenant import Caller
 from expertmesh.gateway.access_log import AccessLog
 from expertmesh.gateway.admission import Admission
@@ -100,7 +100,7 @@ class Gateway:
         self._tracing: Final = tracing
         self._admin: Final = admin
         self.cors = cors
-        self._mesh_token: Final = mesh_token.encode()
+        self._mesh_token: Final = MeshToken(mesh_token)
         self._ids: Final = RequestIds()
         self._models: Final = ModelList(view, int(time.time()))
         self._now_s: Final = now_s
@@ -322,7 +322,7 @@ class Gateway:
         self._admin.serve(request, client, caller, request_id, answered)
 
     def _show_metrics(self, request: Request, client: ClientConnection) -> None:
-        if not hmac.compare_digest(request.headers.secret or b"", self._mesh_token):
+        if not self._mesh_token.admits(request.headers.secret or b""):
             error = ApiError(401, "/metrics wants the mesh token as 'Authorization: Bearer …'.")
             self.refuse(request, client, error)
             return

@@ -36,7 +36,7 @@ class GroupServer(DPServer):
         self._expert_load_task: asyncio.Task[None] | None = None
         self._recent_loads = RecentLoads()
         self._mesh_token = os.environ.get(MESH_TOKEN_VARIABLE, "")
-        if not self._mesh_token:
+        if not self._mesh_token.strip(" ,"):
             raise RuntimeError(
                 f"{MESH_TOKEN_VARIABLE} is not set on this Ray node; "
                 "start the node with the mesh token in its environment"

@@ -1,9 +1,10 @@
 """ASGI middleware of a rank: an allow-list of routes, and the mesh token on all but health."""
 
-import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from expertmesh.core.domain.mesh_token import MeshToken
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -49,7 +50,7 @@ class MeshGuard:
 
     def __init__(self, app: AsgiApp, mesh_token: str) -> None:
         self._app = app
-        self._token = mesh_token.encode()
+        self._token = MeshToken(mesh_token)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._may_pass(scope):
@@ -66,7 +67,7 @@ class MeshGuard:
             return True
         for name, value in scope["headers"]:
             if name == MESH_TOKEN_HEADER:
-                return hmac.compare_digest(value, self._token)
+                return self._token.admits(value)
         return False
 
 
