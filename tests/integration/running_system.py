@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -109,8 +110,24 @@ class RunningSystem:
 
     def describe(self) -> str:
         with contextlib.suppress(httpx.HTTPError):
-            return f"{self.fleet()}\n{self.log('controller')}"
+            return f"{self.fleet()}\n{self.log('controller')}\n{self._engines()}"
         return self.log("up")
+
+    def _engines(self) -> str:
+        """What the ranks wrote last, and where each process of an engine is at this moment."""
+        told = []
+        folders = Path(tempfile.gettempdir()).glob(f"expertmesh-{self.state.marker}-*")
+        for file in (f for folder in folders for f in folder.glob("session_2*/logs/worker-*.out")):
+            told.append(f"--- {file.name}\n{file.read_text(errors='replace')[-1500:]}")
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error, subprocess.TimeoutExpired):
+                if process.name().startswith(("VLLM", "ray::ServeRep")):
+                    dump = [str(Path(sys.executable).with_name("py-spy")), "dump", "--pid"]
+                    stacks = subprocess.run(
+                        [*dump, str(process.pid)], capture_output=True, text=True, timeout=30
+                    )
+                    told.append(f"--- {process.name()} {stacks.stdout}{stacks.stderr}")
+        return "\n".join(told)
 
 
 @contextlib.contextmanager

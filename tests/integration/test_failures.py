@@ -83,7 +83,8 @@ def replicas(system: RunningSystem, group: str) -> set[int]:
         headers={"Authorization": f"Bearer {system.state.ray_token()}"},
     )
     deployments = answer.json()["applications"][group]["deployments"].values()
-    return {replica["pid"] for each in deployments for replica in each["replicas"]}
+    # A replica that is being started has no process yet.
+    return {pid for each in deployments for r in each["replicas"] if (pid := r.get("pid"))}
 
 
 def engines_of(pid: int) -> list[psutil.Process]:
@@ -96,7 +97,12 @@ def engines_of(pid: int) -> list[psutil.Process]:
 
 def until_restored(system: RunningSystem, group: str) -> None:
     """The group has been noticed as broken, and all groups are ready again."""
-    wait_until(lambda: group not in names(system.groups("ready")), 60, f"{group} is seen as broken")
+    wait_until(
+        lambda: group not in names(system.groups("ready")),
+        60,
+        f"{group} is seen as broken",
+        system.describe,
+    )
     system.until_groups(2)
 
 
@@ -121,7 +127,9 @@ def test_a_killed_engine_costs_at_most_what_was_in_it(system: RunningSystem, key
     rank = min(replicas(system, group))
     with Trickle(system, key) as trickle:
         wait_until(lambda: trickle.answered > 3, 30, "requests are answered")
-        for engine in engines_of(rank):
+        engines = engines_of(rank)
+        assert engines
+        for engine in engines:
             engine.kill()
         until_restored(system, group)
         answered = trickle.answered

@@ -14,6 +14,7 @@ from expertmesh.core.domain.fleet import RankInfo
 from expertmesh.errors import UpstreamUnavailable
 from expertmesh.serving import engine_stats
 from expertmesh.serving.dp_coordinator import end_coordinator_with_rank
+from expertmesh.serving.engine_processes import EngineProcesses
 from expertmesh.serving.expert_load import LayerLoad, RecentLoads, read_expert_load
 from expertmesh.serving.fate_sharing import die_with_parent, own_children
 from expertmesh.serving.mesh_guard import ALLOWED_ROUTES, AsgiApp, MeshGuard
@@ -35,6 +36,7 @@ class GroupServer(DPServer):
         self._expert_load_at_s = -_EXPERT_LOAD_PERIOD_S
         self._expert_load_task: asyncio.Task[None] | None = None
         self._recent_loads = RecentLoads()
+        self._processes = EngineProcesses()
         self._mesh_token = os.environ.get(MESH_TOKEN_VARIABLE, "")
         if not self._mesh_token.strip(" ,"):
             raise RuntimeError(
@@ -52,6 +54,13 @@ class GroupServer(DPServer):
     async def _start_engine(self) -> None:
         """Without the base's usage report, which starts an actor that imports vLLM once more."""
         await self.engine.start()
+        self._processes.watch()
+
+    async def check_health(self) -> None:
+        ended = self._processes.ended()
+        if ended:
+            raise RuntimeError(f"ended: {', '.join(ended)}")
+        await super().check_health()
 
     async def __serve_build_asgi_app__(self) -> AsgiApp:
         app = await super().__serve_build_asgi_app__()
