@@ -58,6 +58,7 @@ GOAL_THROUGHPUT, GOAL_FIRST_TOKEN = 0.10, 0.15
 _VOCABULARY = range(100, 2000)
 _TIMEOUT_S = 200.0
 _SETTLE_S = 0.5
+_PAUSE_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,20 +113,27 @@ class Calibrated:
     overhead_s: float
     """Of a first token, beyond its iteration: client, gateway, rank."""
     errors: tuple[float, ...]
-    """Of the times per token: fitted by measured, less 1."""
+    """Of the time per token of each kind of batch: fitted by measured, less 1."""
 
 
 def calibrate(measured: Measured) -> Calibrated:
     """Times per token give what a decode step takes; the slope of first tokens what a prompt adds,
-    and where it begins what is not the engine's."""
+    and where it begins what is not the engine's.
+
+    Of what was measured several times the median counts: one batch whose tokens came late and all
+    together looks several times as fast as it was, and would draw the whole fit to itself.
+    """
+    took: dict[tuple[int, int], list[float]] = {}
+    for batch in measured.batches:
+        took.setdefault((batch.requests, batch.prompt_tokens), []).append(batch.tpot_s)
     iterations = [
         MeasuredIteration(
-            batch.requests,
-            batch.requests * (batch.prompt_tokens + BATCH_OUTPUT / 2),
+            requests,
+            requests * (prompt_tokens + BATCH_OUTPUT / 2),
             0,
-            batch.tpot_s,
+            statistics.median(times_s),
         )
-        for batch in measured.batches
+        for (requests, prompt_tokens), times_s in took.items()
     ]
     fit = fit_iterations(iterations)
     prompts = np.array([first.prompt_tokens for first in measured.first_tokens], dtype=np.float64)
@@ -156,6 +164,14 @@ def trace(requests_per_s: float, seed: int) -> Requests:
         np.clip(asked.output_tokens, 2, LONGEST),
         span_s=asked.span_s,
     )
+
+
+def as_sent(level: Level) -> Requests:
+    """Its trace at the times when the client really sent it: a busy machine is late, and then sends
+    several at once."""
+    asked = trace(level.requests_per_s, level.seed)
+    at_s = np.array([answer.at_s for answer in level.answers], dtype=np.float64)
+    return Requests.of(at_s, asked.prompt_tokens, asked.output_tokens, span_s=asked.span_s)
 
 
 @dataclass(slots=True)
@@ -215,7 +231,7 @@ def scenario_of(service: ServiceTime) -> Scenario:
 
 def simulated(calibrated: Calibrated, level: Level) -> Side:
     scenario = scenario_of(calibrated.service)
-    requests = trace(level.requests_per_s, level.seed)
+    requests = as_sent(level)
     times = run_events(scenario, requests, leave_it).times
     several = ~np.isnan(times.tpot_s)
     return Side.of(
@@ -356,9 +372,12 @@ async def _calibration(client: _Client, console: Console) -> tuple[list[Batch], 
     for prompt_tokens in PROMPTS:
         others = asyncio.create_task(client.at_once(BESIDE, 16, BESIDE_OUTPUT))
         await asyncio.sleep(_SETTLE_S)
-        took_s = [
-            (await client.at_once(1, prompt_tokens, 2))[0].first_s for _ in range(PROMPT_REPEATS)
-        ]
+        took_s = []
+        for _ in range(PROMPT_REPEATS):
+            # An answer ends with an iteration. Sent at once, the next request would always find
+            # the same moment of one, not any: how long it waits would be no half of it.
+            await asyncio.sleep(client.chance.uniform(0.0, _PAUSE_S))
+            took_s.append((await client.at_once(1, prompt_tokens, 2))[0].first_s)
         await others
         first_tokens.append(FirstToken(prompt_tokens, statistics.median(took_s)))
     for batch in batches:

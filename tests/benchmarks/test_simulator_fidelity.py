@@ -23,6 +23,7 @@ from benchmarks.simulator_fidelity import (
     FirstToken,
     Level,
     Measured,
+    as_sent,
     calibrate,
     figure,
     from_json,
@@ -70,6 +71,14 @@ def test_the_service_times_are_found_again() -> None:
     assert calibrated.overhead_s == pytest.approx(OVERHEAD_S)
 
 
+def test_one_batch_that_was_read_late_does_not_draw_the_fit_to_itself() -> None:
+    whole = measured()
+    late = replace(whole.batches[2], tpot_s=whole.batches[2].tpot_s / 4)
+    calibrated = calibrate(replace(whole, batches=(*whole.batches, late, *whole.batches)))
+    assert calibrated.service.alpha_s == pytest.approx(TRUTH.alpha_s)
+    assert calibrated.errors == pytest.approx([0.0] * len(BATCHES), abs=1e-9)
+
+
 def test_first_tokens_that_do_not_depend_on_the_prompt_are_no_negative_time() -> None:
     flat = replace(measured(), first_tokens=tuple(FirstToken(p, 0.03 - 1e-7 * p) for p in PROMPTS))
     assert calibrate(flat).service.prompt_token_s == 0.0
@@ -105,6 +114,25 @@ def test_a_live_run_like_the_simulated_one_has_ratios_of_one() -> None:
     shown = figure(calibrated, [level], "here").to_markdown()
     assert "| simulated / live | 1.00 | 1.00 | 1.00 | 1.00 |" in shown
     assert "within 15 %: met." in shown
+
+
+def test_what_the_client_sent_late_is_simulated_as_late() -> None:
+    calibrated = calibrate(measured())
+    level = level_of(calibrated)
+    # A stall of the client: all of five seconds, at their end and the last one first.
+    stalled = tuple(
+        replace(each, at_s=20.0 - 1e-3 * each.at_s) if 15.0 <= each.at_s < 20.0 else each
+        for each in level.answers
+    )
+    sent = as_sent(replace(level, answers=stalled))
+    assert (np.diff(sent.at_s) >= 0.0).all()
+    asked, late = trace(8.0, 3), (sent.at_s > 19.9) & (sent.at_s < 20.0)
+    those = (asked.at_s >= 15.0) & (asked.at_s < 20.0)
+    assert sent.prompt_tokens[late].tolist() == asked.prompt_tokens[those].tolist()[::-1]
+    even, burst = (
+        simulated(calibrated, replace(level, answers=a)) for a in (level.answers, stalled)
+    )
+    assert burst.first_s[1] > 1.1 * even.first_s[1]
 
 
 def test_a_slower_live_run_misses_the_goal() -> None:
@@ -161,6 +189,7 @@ async def test_a_measurement_has_all_that_was_asked(
         "LEVEL_S": 0.5,
         "LONGEST": 30,
         "_SETTLE_S": 0.005,
+        "_PAUSE_S": 0.005,
     }.items():
         monkeypatch.setattr(simulator_fidelity, name, value)
     found = await measure(target, "model", (1000, 16), Console(quiet=True))

@@ -6,6 +6,14 @@ from pathlib import Path
 import pytest
 from tests.integration.running_system import RunningSystem, running_system
 
+_HERE = Path(__file__).parent
+_SHARING = ("test_console.py", "test_served_model.py", "test_traces.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that share a system come last of all, so that it runs beside no other."""
+    items.sort(key=lambda item: item.path.parent == _HERE and item.path.name in _SHARING)
+
 
 @pytest.fixture(scope="session")
 def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSystem]:

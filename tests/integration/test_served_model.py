@@ -16,6 +16,7 @@ import pytest
 from tests.dashboards.promql_check import PrometheusServer, Target, prometheus
 from tests.integration.running_system import MODEL, RunningSystem, wait_until
 
+from expertmesh.core.metering.report import By
 from expertmesh.store.database import open_database
 from expertmesh.store.ledger import Ledger
 from expertmesh.store.report import usage_cells
@@ -327,12 +328,17 @@ def test_status_shows_the_group(system: RunningSystem) -> None:
 
 
 MAY_BE_EMPTY = {
+    "Accelerators": "it runs on CPUs",
+    "Accelerators' memory in use": "it runs on CPUs",
     "Advice": "the model's mode is act",
     "Budget left today": "it has no budget",
     "Clients that went away": "others stay to the end",
     "Earned, and the same at providers": "no provider serves it",
     "Failing steps": "none fails",
     "Forecast error": "a forecast falls due after as long as a start takes",
+    "Load less the one expected": "a forecast falls due after as long as a start takes",
+    "Load within what was kept ready": "a forecast falls due after as long as a start takes",
+    "Oldest wait less the one predicted": "nobody waits",
     "Power of the accelerators": "it runs on CPUs",
     "Ranks that get no requests": "none has failed",
     "Refused by a limit": "the tenant has no limit",
@@ -368,7 +374,8 @@ async def test_every_query_of_every_panel_and_alert_is_answered(
         asked = [query for board in dashboards().values() for query in panel_queries(board)]
         asked += [PanelQuery(each.record, each.record) for each in recordings()]
         wanted = [query for query in asked if query.panel not in MAY_BE_EMPTY]
-        with prometheus(scraped(system), rules=rules()) as server:
+        targets = [*scraped(system), *ray_targets(system)]
+        with prometheus(targets, rules=rules()) as server:
             server.wait_for_scrapes(3, timeout_s=60)
             # The ledger is counted two minutes late.
             problems = server.wait_for_answers(wanted, timeout_s=200, traffic=traffic)
@@ -453,17 +460,31 @@ async def test_what_is_shown_is_what_clients_saw_and_what_the_ledger_holds(
             shown_usd = sum(float(each["value"][1]) for each in costs)
             assert shown_usd == pytest.approx(by_ledger, rel=0.02)
             assert float(spent["value"][1]) == pytest.approx(held_usd, rel=0.02)
+            # Hindsight begins when a whole minute has been in the ledger for two.
+            past = wait_until(
+                lambda: server.samples("em_controller_hindsight_usd"), 240, "hindsight is shown"
+            )
+            by_part = {each["metric"]["part"]: float(each["value"][1]) for each in past}
+            (ends,) = server.samples("em_controller_hindsight_timestamp_seconds")
+            until_s = float(ends["value"][1])
+            by_report, _ = asyncio.run(_cost(system.state.store_url, until_s, until_s, MODEL))
+            assert by_part["spent"] == pytest.approx(by_report, rel=0.02)
+            assert 0 < by_part["least"] <= by_part["spent"]
 
     await asyncio.to_thread(check)
 
 
-async def _cost(store_url: str, until_s: float, now_s: float) -> tuple[float, float]:
-    """By the ledger's report until then, and of the groups that are held until now."""
+async def _cost(
+    store_url: str, until_s: float, now_s: float, model: str | None = None
+) -> tuple[float, float]:
+    """By the ledger's report until then, of all or of one model's groups, and of the groups that
+    are held until now."""
     database = await open_database(store_url)
     try:
         ledger = Ledger(database)
-        cells = (await usage_cells(ledger, None, until_s)).cells
-        report = sum(row.capacity_nano_usd for row in cells.values()) / 1e9
+        rows = (await usage_cells(ledger, None, until_s)).grouped(By.MODEL).rows
+        chosen = rows.values() if model is None else [rows[model]]
+        report = sum(row.capacity_nano_usd for row in chosen) / 1e9
         held = sum(
             hold.usd_per_hour * ((hold.ended_at_s or now_s) - hold.started_at_s) / 3600
             for hold in await ledger.capacity()
@@ -479,6 +500,18 @@ def scraped(system: RunningSystem) -> list[Target]:
         Target("gateway", system.gateway_url.removeprefix("http://"), token),
         Target("controller", system.controller_url.removeprefix("http://"), token),
     ]
+
+
+def ray_targets(system: RunningSystem) -> list[Target]:
+    """As Ray's own discovery names them: each node, and what is on the head besides."""
+    found = httpx.get(
+        f"{system.dashboard_url}/api/prometheus/sd",
+        headers={"Authorization": f"Bearer {system.state.ray_token()}"},
+    ).raise_for_status()
+    addresses = [address for each in found.json() for address in each["targets"]]
+    # The head, and two nodes of each of the two pools.
+    assert len(addresses) >= 5
+    return [Target(f"ray-{number}", address) for number, address in enumerate(addresses)]
 
 
 def test_a_second_system_in_the_folder_and_a_port_in_use_are_refused(

@@ -2,7 +2,7 @@ from dataclasses import replace
 from math import inf
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from expertmesh.simulator.engine import Engine, Sequence
@@ -16,17 +16,22 @@ SERVICE = ServiceTime(
     max_seqs=16,
     max_batched_tokens=1000,
 )
+EVEN = ServiceTime(0.01, 0.0, 0.0, 4000, 16, 1000, 0.0)
+"""All iterations take the same."""
+APART_S = 1.2345e-4
+AT_ONCE_S = 1e-9
+"""Times that differ by less are the same but for rounding."""
 
 
 def run(service: ServiceTime, sequences: list[Sequence]) -> list[tuple[int, float]]:
-    """Submits them at their arrivals; the index and time of each end."""
+    """Submits them at their arrivals, before a step at the same time; index, time of each end."""
     engine = Engine(service)
     ends: list[tuple[int, float]] = []
     coming = list(sequences)
     while coming or engine.next_s < inf:
-        if coming and coming[0].arrived_at_s < engine.next_s:
+        if coming and coming[0].arrived_at_s <= engine.next_s + AT_ONCE_S:
             sequence = coming.pop(0)
-            engine.submit(sequence, sequence.arrived_at_s)
+            engine.submit(sequence, min(sequence.arrived_at_s, engine.next_s))
             continue
         at_s = engine.next_s
         ends += [(sequence.index, at_s) for sequence in engine.step()]
@@ -38,11 +43,14 @@ def run(service: ServiceTime, sequences: list[Sequence]) -> list[tuple[int, floa
 
 
 def one_by_one(
-    service: ServiceTime, sequences: list[tuple[float, int, int, int]]
+    service: ServiceTime,
+    sequences: list[tuple[float, int, int, int]],
+    iterations_s: list[float] | None = None,
 ) -> dict[int, tuple[float, float]]:
     """The same engine written as plainly as can be, an iteration at a time.
 
-    Times of the first token and of the end by index.
+    Times of the first token and of the end by index; the end of each iteration is added to
+    `iterations_s`.
     """
     most = service.prompt_chunk_tokens or service.max_batched_tokens
     now_s, coming = 0.0, list(enumerate(sequences))
@@ -53,7 +61,7 @@ def one_by_one(
     while coming or waiting or running:
         if not waiting and not running:
             now_s = max(now_s, coming[0][1][0])
-        while coming and coming[0][1][0] <= now_s:
+        while coming and coming[0][1][0] <= now_s + AT_ONCE_S:
             index, (_, prompt, output, cached) = coming.pop(0)
             waiting.append(
                 {"i": index, "prompt": prompt, "output": output, "cached": cached, "out": 0}
@@ -87,6 +95,8 @@ def one_by_one(
             sum(each["prompt"] + each["out"] for each in decoding),
             sum(tokens for _, tokens in chunks),
         )
+        if iterations_s is not None:
+            iterations_s.append(now_s)
         for each, tokens in chunks:
             each["need"] -= tokens
         for each in decoding + [each for each, _ in chunks if not each["need"]]:
@@ -100,7 +110,7 @@ def one_by_one(
 
 requests = st.lists(
     st.tuples(
-        st.floats(0.0, 3.0),
+        st.floats(0.0, 3.0) | st.integers(0, 300).map(lambda hundredths: hundredths / 100),
         st.integers(1, 3000),
         st.integers(1, 300),
         st.integers(0, 500),
@@ -108,36 +118,66 @@ requests = st.lists(
     min_size=1,
     max_size=40,
 )
-
-
-@settings(deadline=None, max_examples=150)
-@given(
-    requests,
+many = settings(deadline=None, max_examples=150)
+services = st.builds(
+    ServiceTime,
+    st.just(0.01),
+    st.sampled_from([0.0, 1e-5]),
+    st.sampled_from([0.0, 1e-7]),
     st.sampled_from([3300, 4000, 10_000]),
     st.sampled_from([3, 16]),
+    st.just(1000),
     st.sampled_from([None, 3e-5]),
     st.sampled_from([None, 100, 400]),
 )
-def test_it_is_the_same_as_one_iteration_after_the_other(
-    requests: list[tuple[float, int, int, int]],
-    kv_tokens: int,
-    max_seqs: int,
-    prompt_s: float | None,
-    chunk: int | None,
-) -> None:
-    # Never at the same time as one another or as the end of an iteration.
-    requests = [
-        (at + place * 1.2345e-4 + 7.7e-7, p, o, min(c, p - 1))
-        for place, (at, p, o, c) in enumerate(sorted(requests))
+
+
+def apart(requests: list[tuple[float, int, int, int]]) -> list[tuple[float, int, int, int]]:
+    """Never at the same time as one another: the first would begin alone."""
+    return [
+        (at_s + place * APART_S, p, o, min(c, p - 1))
+        for place, (at_s, p, o, c) in enumerate(sorted(requests))
     ]
-    service = ServiceTime(0.01, 1e-5, 1e-7, kv_tokens, max_seqs, 1000, prompt_s, chunk)
-    sequences = [Sequence(i, at, p, o, c) for i, (at, p, o, c) in enumerate(requests)]
+
+
+def assert_same(
+    service: ServiceTime,
+    requests: list[tuple[float, int, int, int]],
+) -> None:
+    requests = sorted(requests)
+    sequences = [Sequence(i, at_s, p, o, c) for i, (at_s, p, o, c) in enumerate(requests)]
     ends = dict(run(service, sequences))
     plain = one_by_one(service, requests)
     for sequence in sequences:
         first_s, end_s = plain[sequence.index]
         assert sequence.first_token_at_s == pytest.approx(first_s, abs=1e-6)
         assert ends[sequence.index] == pytest.approx(end_s, abs=1e-6)
+
+
+@many
+@given(requests, services)
+# The last one arrives with the end of an iteration, in the middle of many that are alike.
+@example([(0.0, 1, 30, 0), (0.1 - APART_S, 1, 1, 0)], EVEN)
+@example([(0.0, 2500, 1, 0), (0.05 - APART_S, 1, 1, 0)], replace(EVEN, prompt_chunk_tokens=100))
+def test_it_is_the_same_as_one_iteration_after_the_other(
+    requests: list[tuple[float, int, int, int]],
+    service: ServiceTime,
+) -> None:
+    assert_same(service, apart(requests))
+
+
+@many
+@given(requests, services, st.data())
+def test_what_arrives_as_an_iteration_ends_is_in_the_next(
+    requests: list[tuple[float, int, int, int]],
+    service: ServiceTime,
+    data: st.DataObject,
+) -> None:
+    requests = apart(requests)
+    ends_s: list[float] = []
+    one_by_one(service, requests, ends_s)
+    at_s = data.draw(st.sampled_from(ends_s)) + data.draw(st.sampled_from([0.0, 1e-13, -1e-13]))
+    assert_same(service, [*requests, (at_s, data.draw(st.integers(1, 500)), 3, 0)])
 
 
 def test_a_lone_request_takes_its_prefill_and_its_steps() -> None:

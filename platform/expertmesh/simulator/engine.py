@@ -21,6 +21,8 @@ from expertmesh.simulator.service_time import ServiceTime
 _NONE: tuple["Sequence", ...] = ()
 _NOT_YET = -1.0
 _STALE_ENTRIES = 64
+_AT_ONCE_S = 1e-9
+"""Less is rounding: what comes so little after an iteration has ended comes as it ends."""
 
 
 class Sequence:
@@ -168,11 +170,15 @@ class Engine:
         return sequence.prompt_tokens + sequence.output_tokens <= self.kv_tokens
 
     def submit(self, sequence: Sequence, now_s: float) -> bool:
-        """True when `next_s` has changed."""
+        """True when `next_s` has changed.
+
+        One that comes just as an iteration ends is part of the next, unless `step` came before.
+        """
         sequence.sent_at_s = now_s
         others_wait = bool(self._waiting)
         self._waiting.append(sequence)
-        if self.next_s == inf:
+        before_s = self.next_s
+        if before_s == inf:
             self._plan(now_s)
             return True
         if (
@@ -182,15 +188,13 @@ class Engine:
             or self._decoding + len(self._prefilling) >= self._max_seqs
         ):
             return False  # no earlier admission: every step ends where one becomes possible
-        done = min(self._done(now_s), self._iterations - 1)
+        done = min(self._done(now_s - _AT_ONCE_S), self._iterations - 1)
         kv_tokens = self.kv_used_tokens + (done + 1) * self._decoding
         if kv_tokens + sequence.prompt_tokens > self.kv_tokens:
             return False
         self._iterations = done + 1
-        next_s = max(now_s, self._started_at_s + self._took_s(done + 1))
-        changed = next_s != self.next_s
-        self.next_s = next_s
-        return changed
+        self.next_s = max(now_s, self._started_at_s + self._took_s(done + 1))
+        return self.next_s != before_s
 
     def step(self) -> SequenceOf[Sequence]:
         """What is under way ended at `next_s`; returns the sequences whose answers are done."""

@@ -144,6 +144,9 @@ class Scaling(ManifestModel):
     down_delay_s: Seconds | None = None
     """By default as long as starting the group again would take."""
     drain_deadline_s: Seconds = 120.0
+    start_deadline_s: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    """A group that is not ready by then is given up and started anew, elsewhere if it can be; by
+    default 15 minutes, or four times as long as planned where that is more."""
     mode: ScalingMode = ScalingMode.ACT
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """Where models compete for a pool or a budget, the higher one is served first."""
@@ -292,6 +295,7 @@ class DeploymentManifest(ManifestModel):
                 up_delay_s=scaling.up_delay_s,
                 down_delay_s=scaling.down_delay_s,
                 drain_deadline_s=scaling.drain_deadline_s,
+                start_deadline_s=scaling.start_deadline_s,
                 usd_per_hour_budget=budget.usd_per_hour if budget else None,
                 usd_per_day_budget=budget.usd_per_day if budget else None,
                 mode=scaling.mode,

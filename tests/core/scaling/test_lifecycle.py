@@ -283,6 +283,18 @@ def test_a_start_has_a_deadline() -> None:
     assert (after.state, after.failed_start) == (LOST, True)
 
 
+@pytest.mark.parametrize(
+    ("start_s", "said_s", "deadline_s"),
+    [(60.0, None, 900.0), (600.0, None, 2400.0), (60.0, 180.0, 180.0), (600.0, 180.0, 180.0)],
+)
+def test_the_deadline_is_the_manifests_or_fits_the_planned_start(
+    start_s: float, said_s: float | None, deadline_s: float
+) -> None:
+    options = tuple(replace(option, start_s=start_s) for option in CONFIG.options)
+    told = config(start_deadline_s=said_s)
+    assert replace(told, options=options).start_deadline_s(SPEC) == deadline_s
+
+
 def test_a_ready_group_has_the_addresses_of_its_ranks_in_order() -> None:
     look = seen(ranks=(RankSeen("http://z", 0, 0, 2), RankSeen("http://a", 0, 1, 2)))
     after, _ = advance(CONFIG, ASKED, look, Observation(), UNKNOWN, 100.0)

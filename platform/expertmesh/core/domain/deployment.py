@@ -40,6 +40,8 @@ class ScalingRules:
     mode: ScalingMode = ScalingMode.ACT
     priority: int = 0
     """Where models compete for a pool or a budget, the higher one is served first."""
+    start_deadline_s: float | None = None
+    """A group that is not ready by then has failed to start; None: see `ScalingConfig`."""
 
 
 @dataclass(frozen=True, slots=True)
