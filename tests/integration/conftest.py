@@ -7,7 +7,7 @@ import pytest
 from tests.integration.running_system import RunningSystem, running_system
 
 _HERE = Path(__file__).parent
-_SHARING = ("test_console.py", "test_served_model.py", "test_traces.py")
+_SHARING = ("test_console.py", "test_served_model.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
