@@ -112,6 +112,19 @@ class Pods(ChartModel):
     affinity: dict[str, Any] = {}
 
 
+class Account(ChartModel):
+    annotations: dict[str, str] = {}
+    """By which clouds give it rights of theirs."""
+
+
+class ServicePods(Pods):
+    priorityClassName: str = ""
+    serviceAccount: Account
+    volumes: list[dict[str, Any]] = []
+    """Beside the chart's own."""
+    volumeMounts: list[dict[str, Any]] = []
+
+
 class Service(ChartModel):
     type: Literal["ClusterIP", "LoadBalancer", "NodePort"] = "ClusterIP"
     port: Port = 80
@@ -200,7 +213,16 @@ class HttpRoute(ChartModel):
     timeouts: RouteTimeouts
 
 
-class Gateway(Pods):
+class Drain(ChartModel):
+    """How a gateway ends."""
+
+    delaySeconds: Seconds = 5
+    """It goes on as before, until load balancers have noticed."""
+    timeoutSeconds: Annotated[int, Field(ge=1)] = 120
+    """Then open requests, streams too, may run for so long."""
+
+
+class Gateway(ServicePods):
     replicas: Annotated[int, Field(ge=1)] = 1
     """Without autoscaling."""
     autoscaling: Autoscaling
@@ -212,8 +234,9 @@ class Gateway(Pods):
     """Variables from Secrets: the keys of external pools and the URL of Redis, which the platform
     manifest knows by the names of their variables."""
     journal: UsageJournal
-    terminationGracePeriodSeconds: Seconds = 150
-    """More than the 120 seconds for which a gateway that stops lets open streams go on."""
+    drain: Drain
+    terminationGracePeriodSeconds: Seconds | None = None
+    """As long as the drain and 15 seconds for the ledger need, unless given."""
 
 
 class Rbac(ChartModel):
@@ -223,11 +246,16 @@ class Rbac(ChartModel):
     """Lets it read nodes, where spotNotices name kubernetes."""
 
 
-class Controller(Pods):
+class Controller(ServicePods):
     replicas: Annotated[int, Field(ge=1)] = 2
     """One leads."""
     lease: Literal["kubernetes", "database"] = "kubernetes"
     """By what they agree on a leader."""
+    keepDecisions: Annotated[str, Field(pattern=r"^[1-9][0-9]{0,5}[smhdw]$")] = "30d"
+    """How long decisions stay in the journal."""
+    gatewayUrl: Annotated[str, Field(pattern=r"^(https?://[A-Za-z0-9.:\[\]-]+/?)?$")] = ""
+    """Where browsers reach the gateway, for the console's chat; no chat when empty. The gateway
+    must allow the console's origin (platform.gateway.cors_origins)."""
     spotNotices: list[Annotated[str, Field(pattern="^(kubernetes$|https?://)")]] = ["kubernetes"]
     """Sources of the news that a node will be taken away."""
     rbac: Rbac
@@ -250,8 +278,22 @@ class PodSpec(ChartModel):
     runtimeClassName: str | None = None
     schedulerName: str | None = None
     schedulingGates: list[dict[str, Any]] | None = None
+    serviceAccountName: str | None = None
     shareProcessNamespace: bool | None = None
     topologySpreadConstraints: list[dict[str, Any]] | None = None
+
+
+class HeadBudget(ChartModel):
+    enabled: bool = False
+    """Nobody evicts the head: a drain of its node waits until somebody deletes the pod."""
+
+
+class WorkersBudget(ChartModel):
+    """Of one pool. With it a drain of a node waits until the group on it has gone."""
+
+    enabled: bool | None = None
+    minAvailable: Annotated[int, Field(ge=1)] | None = None
+    """Workers that stay; all that the pool may have unless given."""
 
 
 class RayPods(Pods):
@@ -269,7 +311,13 @@ class RayPods(Pods):
     terminationGracePeriodSeconds: Seconds | None = None
 
 
+class Head(RayPods):
+    podDisruptionBudget: HeadBudget
+
+
 class Workers(RayPods):
+    podDisruptionBudget: WorkersBudget | None = None
+    """Of the pool's workers; spot pools have none."""
     idleTimeoutSeconds: Seconds | None = None
     """An idle node of the pool is given back after this long; ray.idleTimeoutSeconds when unset."""
     spotTerminationGracePeriodSeconds: Seconds | None = None
@@ -330,10 +378,44 @@ class Ray(ChartModel):
     """For head and workers."""
     redis: RayRedis
     autoscaler: Autoscaler
-    head: RayPods
+    head: Head
     workerDefaults: Workers
     workers: dict[str, Workers] = {}
     """By pool name; merged over workerDefaults."""
+
+
+class EgressPart(ChartModel):
+    to: list[dict[str, Any]] = []
+    """NetworkPolicy peers; everywhere when empty."""
+    ports: Annotated[list[Port], Field(min_length=1)]
+
+
+class MoreEgress(ChartModel):
+    """NetworkPolicy egress rules of your own, e.g. to an object storage inside the network."""
+
+    gateway: list[dict[str, Any]] = []
+    controller: list[dict[str, Any]] = []
+    ray: list[dict[str, Any]] = []
+    """Head and workers."""
+
+
+class Egress(ChartModel):
+    """To whom our pods may open connections, beside each other; each part only for those pods that
+    need it with these values."""
+
+    enabled: bool = False
+    dns: EgressPart
+    kubernetesApi: EgressPart
+    """Controllers, and the autoscaler in Ray's head."""
+    store: EgressPart
+    """PostgreSQL: gateways, controllers, migrations."""
+    redis: EgressPart
+    """Gateways with limits.store: redis; Ray's head with ray.redis."""
+    internet: EgressPart
+    """External pools (gateways), models by name (controllers, Ray), spot notices by URL."""
+    traces: EgressPart
+    """The collector of monitoring.traces."""
+    more: MoreEgress
 
 
 class NetworkPolicy(ChartModel):
@@ -348,6 +430,7 @@ class NetworkPolicy(ChartModel):
     """Of Ray, beside the controller."""
     metricsFrom: list[dict[str, Any]] = []
     """Prometheus."""
+    egress: Egress
 
 
 class Monitor(ChartModel):
@@ -374,6 +457,15 @@ class Dashboards(ChartModel):
     annotations: dict[str, str] = {}
 
 
+class Traces(ChartModel):
+    """Spans of requests and of decisions."""
+
+    endpoint: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = ""
+    """Base URL of an OTLP/HTTP collector; no traces when empty."""
+    ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Share of requests traced, where the client has not decided."""
+
+
 class Monitoring(ChartModel):
     serviceMonitor: Monitor
     """Gateway and controller."""
@@ -381,6 +473,7 @@ class Monitoring(ChartModel):
     """Ray's head and workers, and in their metrics the engines'."""
     prometheusRule: RuleMonitor
     dashboards: Dashboards
+    traces: Traces
 
 
 class ChatTest(ChartModel):

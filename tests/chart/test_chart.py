@@ -21,6 +21,7 @@ from tests.chart.rendering import (
 
 from expertmesh.cli.controller import controller as controller_command
 from expertmesh.cli.gateway import gateway as gateway_command
+from expertmesh.cli.times import duration_s
 from expertmesh.spec.load import load_platform, load_system
 
 pytestmark = pytest.mark.integration
@@ -331,6 +332,70 @@ TYPOS: tuple[tuple[str, Path | None, dict[str, Any], tuple[str, ...]], ...] = (
         ("a grace period of 300 s outlasts a spot node", "terminationGracePeriodSeconds: 25"),
     ),
     (
+        "a budget for a spot pool",
+        None,
+        {
+            **on_gpus(market="spot"),
+            "ray.workers": {"gpus": {"podDisruptionBudget": {"enabled": True}}},
+        },
+        ("ray.workers.gpus.podDisruptionBudget: a spot node is taken", "remove it"),
+    ),
+    (
+        "a grace period that would cut streams",
+        None,
+        {
+            "gateway.drain": {"delaySeconds": 10, "timeoutSeconds": 600},
+            "gateway.terminationGracePeriodSeconds": 150,
+        },
+        (
+            "gateway.terminationGracePeriodSeconds: 150 s would cut streams",
+            "takes 10 s and 600 s",
+            "leave it out, or write at least 625",
+        ),
+    ),
+    (
+        "a share of traces beside the chart's",
+        None,
+        {"gateway.env": {"OTEL_TRACES_SAMPLER_ARG": "1"}},
+        ("gateway.env.OTEL_TRACES_SAMPLER_ARG", "write monitoring.traces.ratio"),
+    ),
+    (
+        "a share of traces above one",
+        None,
+        {"monitoring.traces.ratio": 5},
+        ("'/monitoring/traces/ratio'", "got 5, want 1"),
+    ),
+    (
+        "resources of a node beside those of its pool",
+        None,
+        {"ray.workers": {"cpu-large": {"rayStartParams": {"num-gpus": "8"}}}},
+        ("ray.workers.cpu-large.rayStartParams.num-gpus: KubeRay refuses it", "platform.pools"),
+    ),
+    (
+        "node labels as Ray's parameter",
+        None,
+        {"ray.head.rayStartParams": {"labels": "a=b"}},
+        ("ray.head.rayStartParams.labels: KubeRay refuses it",),
+    ),
+    (
+        "Ray's Redis in the environment",
+        None,
+        {"ray.env": {"RAY_REDIS_ADDRESS": "redis:6379"}},
+        ("ray.env.RAY_REDIS_ADDRESS: KubeRay refuses it; remove it and write ray.redis",),
+    ),
+    (
+        "the autoscaler's version in the environment",
+        None,
+        {"ray.head.env": {"RAY_enable_autoscaler_v2": "1"}},
+        ("ray.head.env.RAY_enable_autoscaler_v2", "remove it"),
+    ),
+    (
+        "egress to no port",
+        None,
+        {"networkPolicy.egress.store": {"to": [], "ports": []}},
+        ("'/networkPolicy/egress/store/ports'",),
+    ),
+    (
         "fewer gateways at most than at least",
         None,
         {"gateway.autoscaling": {"enabled": True, "minReplicas": 4, "maxReplicas": 2}},
@@ -380,6 +445,12 @@ TYPOS: tuple[tuple[str, Path | None, dict[str, Any], tuple[str, ...]], ...] = (
         None,
         {"ray.workerDefaults.volumes": [{"name": "dshm", "emptyDir": {}}]},
         ("volumes: dshm: the chart has a volume of this name",),
+    ),
+    (
+        "a volume of the controller that the chart has",
+        None,
+        {"controller.volumes": [{"name": "state", "emptyDir": {}}]},
+        ("controller.volumes: state: the chart has a volume of this name",),
     ),
     (
         "a password of no Redis",
@@ -505,13 +576,15 @@ def test_the_commands_are_the_command_line_s_own(rendered: Rendered) -> None:
         "--config": "/etc/expertmesh/platform.yaml",
         "--state-dir": "/var/lib/expertmesh-gateway",
         "--workers": "1",
+        "--drain-timeout-s": "120",
     }
     command, controller = flags("-controller")
     assert command == ["expertmesh", "controller"]
     assert controller.keys() == {
         "-f", "--dashboard-url", "--store", "--host", "--port",
-        "--lease", "--ray-cluster", "--spot-notices", "--advertise",
+        "--lease", "--ray-cluster", "--spot-notices", "--advertise", "--keep-decisions",
     }  # fmt: skip
+    assert duration_s(controller["--keep-decisions"]) == 30 * 86400
     assert controller["--lease"] == "kubernetes"
     assert controller["--ray-cluster"] == rendered.one("RayCluster")["metadata"]["name"]
     assert controller["--advertise"] == "http://$(POD_IP):8090"
@@ -818,6 +891,37 @@ def test_the_gateway_s_settings_reach_it_as_they_are_written(tmp_path: Path) -> 
     assert container["ports"] == [{"name": "http", "containerPort": 9090}]
 
 
+@pytest.mark.parametrize("service", ["gateway", "controller"])
+def test_services_take_priority_volumes_and_a_cloud_s_identity(service: str) -> None:
+    volume = {"name": "ca", "configMap": {"name": "own-ca"}}
+    mount = {"name": "ca", "mountPath": "/etc/ssl/own", "readOnly": True}
+    role = {"iam.gke.io/gcp-service-account": "em@project.iam.gserviceaccount.com"}
+    rendered = render(
+        values={
+            f"{service}.priorityClassName": "services",
+            f"{service}.volumes": [volume],
+            f"{service}.volumeMounts": [mount],
+            f"{service}.serviceAccount.annotations": role,
+        }
+    )
+    spec = rendered.one("Deployment", f"-{service}")["spec"]["template"]["spec"]
+    assert spec["priorityClassName"] == "services"
+    assert volume in spec["volumes"]
+    assert mount in spec["containers"][0]["volumeMounts"]
+    account = rendered.one("ServiceAccount", f"-{service}")
+    assert account["metadata"]["annotations"] == role
+    assert account["automountServiceAccountToken"] is False
+
+
+def test_workers_may_have_an_account_that_reads_models() -> None:
+    rendered = render(values={"ray.workerDefaults.podSpec": {"serviceAccountName": "reads-models"}})
+    templates = rendered.pod_templates()
+    workers = [each for where, each in templates.items() if where.startswith("Ray workers")]
+    assert {each["spec"]["serviceAccountName"] for each in workers} == {"reads-models"}
+    # The head's is KubeRay's own: its autoscaler patches the cluster with it.
+    assert "serviceAccountName" not in templates["Ray head"]["spec"]
+
+
 def test_keys_of_providers_come_from_secrets() -> None:
     rendered = render(
         values={
@@ -913,6 +1017,43 @@ def test_the_notes_name_the_secrets_that_gateways_wait_for() -> None:
     assert "the Secret providers exists (key api, for EXAMPLE_API_KEY)" in text
 
 
+def test_the_notes_lead_to_the_console_and_to_ray_s_dashboard() -> None:
+    text = notes()
+    assert "port-forward service/em-expertmesh-controller 8090:8090" in text
+    assert "exec deployment/em-expertmesh-controller -- expertmesh status --link\n" in text
+    assert "port-forward service/em-expertmesh-ray-head-svc 8265:8265" in text
+    assert "get secret expertmesh-tokens -o jsonpath='{.data.auth_token}'" in text
+    assert "monitoring.dashboards.enabled" in text
+    moved = notes(**{"platform.controller.port": 9000})
+    assert "expertmesh status --link --controller-url http://127.0.0.1:9000" in moved
+    grafana = notes(**{"monitoring.dashboards.enabled": True})
+    assert "monitoring.dashboards.enabled" not in grafana
+
+
+def test_the_notes_say_what_ends_with_a_pod() -> None:
+    text = notes()
+    assert "open requests may run for 120 s" in text
+    assert "All groups end with it" in text
+    kept = notes(
+        **{"ray.redis": {"address": "redis:6379", "existingSecret": "", "key": "password"}}
+    )
+    assert "All groups end with it" not in kept
+    assert "Evictions of workers are refused" not in text
+    guarded = notes(**{"ray.workerDefaults.podDisruptionBudget.enabled": True})
+    assert "Evictions of workers are refused" in guarded
+
+
+def test_the_console_s_chat_is_off_until_the_gateway_has_an_address() -> None:
+    def arguments(**values: Any) -> list[str]:
+        spec = render(values=values).one("Deployment", "-controller")["spec"]["template"]["spec"]
+        found: list[str] = spec["containers"][0]["args"]
+        return found
+
+    assert "--gateway-url" not in arguments()
+    given = arguments(**{"controller.gatewayUrl": "https://llm.example.com"})
+    assert given[given.index("--gateway-url") + 1] == "https://llm.example.com"
+
+
 def test_the_notes_warn_of_limits_that_each_gateway_counts_alone() -> None:
     words = "2 gateways count tenants' limits each on its own"
     assert words in notes(**{"gateway.replicas": 2})
@@ -924,6 +1065,17 @@ def test_the_notes_warn_of_limits_that_each_gateway_counts_alone() -> None:
         "gateway.secretEnv": {"REDIS_URL": {"name": "redis", "key": "url"}},
     }
     assert words not in notes(**shared)
+
+
+def test_the_notes_warn_of_gpus_with_the_image_for_cpus() -> None:
+    words = "pool gpus has accelerators, and images.ray has neither tag nor digest"
+    gpus = on_gpus()
+    assert words in notes(**gpus)
+    assert words not in notes(**gpus, **{"images.ray.tag": "0.1.0-gpu"})
+    assert words not in notes(**gpus, **{"images.ray.digest": f"sha256:{'a' * 64}"})
+    own = {"gpus": {"image": {"repository": "r.example.com/ray", "tag": "1"}}}
+    assert words not in notes(**gpus, **{"ray.workers": own})
+    assert "has accelerators" not in notes()
 
 
 def test_the_notes_warn_of_tokens_in_values() -> None:

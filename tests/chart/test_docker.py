@@ -1,5 +1,6 @@
 """The images are built elsewhere; here, what their Dockerfiles name must exist."""
 
+import os
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 from tests.chart.rendering import CHART, REPOSITORY, effective_values, render
 
 DOCKER = REPOSITORY / "deployments" / "docker"
@@ -179,6 +181,31 @@ def test_every_base_image_has_a_version(path: Path) -> None:
     assert all(re.search(r":\d", base) for base in bases)
 
 
+def test_every_base_image_has_a_python_that_the_project_takes(path: Path) -> None:
+    wanted = SpecifierSet(project()["requires-python"])
+    bases = [arg.split("=", 1)[1] for arg in read(path).all("ARG") if "IMAGE=" in arg]
+    for base in bases:
+        name, _, tag = base.partition(":")
+        if name == "python":
+            found = re.match(r"(\d)\.(\d+)", tag)
+        else:
+            found = re.search(r"-py(\d)(\d+)-", tag)
+        assert found is not None, base
+        assert f"{found[1]}.{found[2]}" in wanted, base
+
+
+def test_a_base_image_is_an_argument_of_the_build(path: Path) -> None:
+    """So that a release may pin it: its digest stands behind the tag."""
+    dockerfile = read(path)
+    names = {arg.split("=")[0] for arg in dockerfile.all("ARG") if "IMAGE=" in arg}
+    used = {rest.split()[0] for rest in dockerfile.all("FROM")}
+    assert used == {f"${{{name}}}" for name in names}
+    # Docker's ARG before the first FROM counts there alone.
+    first = next(n for n, (name, _) in enumerate(dockerfile.instructions) if name == "FROM")
+    early = {rest.split("=")[0] for name, rest in dockerfile.instructions[:first] if name == "ARG"}
+    assert names <= early
+
+
 def copied_context(path: Path, folder: Path) -> None:
     """What the builder sees of the repository up to the installation."""
     for source in read(path).copied_sources():
@@ -194,19 +221,28 @@ def copied_context(path: Path, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.integration
 def test_the_gateway_image_s_installation_runs_what_the_chart_starts(tmp_path: Path) -> None:
-    """The Dockerfile's own pip command, in a clean environment."""
+    """The Dockerfile's own pip command in a clean environment, by uv: it takes the same arguments,
+    and links what the set-up has fetched instead of fetching it again."""
     path = DOCKER / "Dockerfile.gateway"
     copied_context(path, tmp_path)
     (install,) = (run for run in read(path).all("RUN") if "pip install" in run)
     words = shlex.split(install.split("&&")[1])
     environment = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", environment], check=True, timeout=120)
-    assert words[:2] == ["/opt/expertmesh/venv/bin/pip", "install"]
-    done = subprocess.run(
-        [environment / "bin/pip", "--disable-pip-version-check", *words[1:]],
-        cwd=tmp_path, capture_output=True, text=True, timeout=1500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert words[:3] == ["/opt/expertmesh/venv/bin/pip", "install", "--no-cache-dir"]
+    # uv does not read pip's settings.
+    links = [f"--find-links={place}" for place in os.environ.get("PIP_FIND_LINKS", "").split()]
+
+    def uv(*arguments: str | Path) -> str:
+        done = subprocess.run(
+            [Path(sys.executable).with_name("uv"), *arguments],
+            cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    uv("venv", "--python", sys.executable, environment)
+    python = environment / "bin/python"
+    uv("pip", "install", "--python", python, *links, *words[3:])
     clean = {"PATH": f"{environment}/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
 
     def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -216,7 +252,7 @@ def test_the_gateway_image_s_installation_runs_what_the_chart_starts(tmp_path: P
             timeout=120, check=False,
         )  # fmt: skip
 
-    installed = run("pip", "list", "--format=freeze").stdout.lower()
+    installed = uv("pip", "freeze", "--python", python).lower()
     pinned = (REPOSITORY / "requirements" / "platform.txt").read_text().lower()
     for name in ("sqlalchemy", "asyncpg", "redis"):
         (line,) = (each for each in pinned.splitlines() if each.startswith(f"{name}=="))

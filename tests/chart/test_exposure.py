@@ -1,71 +1,10 @@
 """Who reaches which pod, how the gateways are published, and what keeps them there."""
 
-from typing import Any
-
 import pytest
+from tests.chart.connections import may_connect, pods, selects
 from tests.chart.rendering import EVERYTHING, Rendered, render
 
 pytestmark = pytest.mark.integration
-
-
-def pods(rendered: Rendered) -> dict[str, dict[str, str]]:
-    """Labels by component, as the pods have them."""
-    labels = [template["metadata"]["labels"] for template in rendered.pod_templates().values()]
-    return {each["app.kubernetes.io/component"]: each for each in labels}
-
-
-def selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
-    expressions = selector.get("matchExpressions", [])
-    assert all(each["operator"] == "In" for each in expressions)
-    return selector.get("matchLabels", {}).items() <= labels.items() and all(
-        labels.get(each["key"]) in each["values"] for each in expressions
-    )
-
-
-def named_ports(rendered: Rendered) -> dict[str, dict[str, int]]:
-    return {
-        template["metadata"]["labels"]["app.kubernetes.io/component"]: {
-            port["name"]: port["containerPort"]
-            for port in template["spec"]["containers"][0].get("ports", [])
-        }
-        for template in rendered.pod_templates().values()
-    }
-
-
-def may_connect(rendered: Rendered, source: str, target: str, port: int) -> bool:
-    """By the policies; `source` is a component, or `elsewhere`: a pod in another namespace."""
-    everybody, ports = pods(rendered), named_ports(rendered)[target]
-    policies = [
-        each["spec"]
-        for each in rendered.all("NetworkPolicy")
-        if selects(each["spec"]["podSelector"], everybody[target])
-    ]
-    return not policies or any(
-        _allows_source(rule, source, everybody) and _allows_port(rule, port, ports)
-        for policy in policies
-        for rule in policy["ingress"]
-    )
-
-
-def _allows_source(rule: dict[str, Any], source: str, everybody: dict[str, dict[str, str]]) -> bool:
-    if "from" not in rule:
-        return True
-    if source == "elsewhere":
-        return any(peer.get("namespaceSelector") == {} for peer in rule["from"])
-    return any(
-        "podSelector" in peer and selects(peer["podSelector"], everybody[source])
-        for peer in rule["from"]
-    )
-
-
-def _allows_port(rule: dict[str, Any], port: int, names: dict[str, int]) -> bool:
-    if "ports" not in rule:
-        return True
-    for each in rule["ports"]:
-        first = names.get(each["port"]) if isinstance(each["port"], str) else each["port"]
-        if first is not None and first <= port <= each.get("endPort", first):
-            return True
-    return False
 
 
 RANK, DASHBOARD, GCS = 30000, 8265, 6379
@@ -130,17 +69,15 @@ def rendered_everything() -> Rendered:
     return render(values=EVERYTHING)
 
 
-def test_budgets_never_keep_a_node_from_being_drained(rendered_everything: Rendered) -> None:
+def test_budgets_of_services_never_keep_a_node_from_being_drained(
+    rendered_everything: Rendered,
+) -> None:
     everybody = pods(rendered_everything)
-    budgets = {
-        each["metadata"]["name"]: each["spec"]
-        for each in rendered_everything.all("PodDisruptionBudget")
-    }
-    assert set(budgets) == {"em-expertmesh-gateway", "em-expertmesh-controller"}
-    for name, spec in budgets.items():
+    for name in ("gateway", "controller"):
+        spec = rendered_everything.one("PodDisruptionBudget", f"-{name}")["spec"]
         assert spec["maxUnavailable"] >= 1
         assert "minAvailable" not in spec
-        assert selects(spec["selector"], everybody[name.rpartition("-")[2]])
+        assert selects(spec["selector"], everybody[name])
 
 
 def test_the_gateways_are_scaled_by_their_own_queue(rendered_everything: Rendered) -> None:

@@ -1,11 +1,12 @@
 """Every object against Kubernetes' own strict schemas, of each version that the chart is for."""
 
 import copy
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate  # type: ignore[import-untyped]
+import kubernetes_validate.utils  # type: ignore[import-untyped]
 import pytest
 import yaml
 from tests.chart.rendering import CHART, EVERYTHING, PROFILES, Rendered, render
@@ -18,6 +19,15 @@ OF_OPERATORS = {"RayCluster", "ServiceMonitor", "PodMonitor", "PrometheusRule", 
 """Their schemas are elsewhere: for a RayCluster in raycluster.schema.json."""
 SINCE = {"gb200-nvl72": "1.32"}
 """Devices by claims (DRA) have had another form before."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def schemas_are_read_once() -> Iterator[None]:
+    """Else the definitions of a version, some megabytes, are read anew for each object."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = kubernetes_validate.utils
+        patch.setattr(module, "schema_contents", cache(module.schema_contents))
+        yield
 
 
 @cache
@@ -48,7 +58,21 @@ def checked_objects(rendered: Rendered) -> list[dict[str, Any]]:
     ],
 )
 def test_every_object_is_valid(case: str, version: str) -> None:
-    for each in checked_objects(rendered(case)):
+    check(rendered(case), version)
+
+
+@pytest.mark.parametrize("part", EVERYTHING)
+def test_each_part_that_is_off_by_default_is_valid_alone(part: str) -> None:
+    check(render(values={part: EVERYTHING[part]}), VERSIONS[-1])
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_every_part_goes_with_every_profile(profile: Path) -> None:
+    check(render(profile=profile, values=EVERYTHING), VERSIONS[-1])
+
+
+def check(rendered: Rendered, version: str) -> None:
+    for each in checked_objects(rendered):
         try:
             used = kubernetes_validate.validate(each, version, strict=True)
         except kubernetes_validate.ValidationError as error:

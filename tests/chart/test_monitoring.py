@@ -4,10 +4,13 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from tests.chart.rendering import CHART, EVERYTHING, Rendered, render
+
+from expertmesh.telemetry.traces import Tracing
 
 pytestmark = pytest.mark.integration
 
@@ -138,3 +141,47 @@ def test_ray_s_pods_are_asked_on_ports_that_they_have(everything: Rendered) -> N
     assert all("metrics" in each for each in names.values())
     for endpoint in spec["podMetricsEndpoints"]:
         assert {each["targetLabel"] for each in endpoint["relabelings"]} == {"pool", "market"}
+
+
+def variables_of(service: str, values: dict[str, Any]) -> dict[str, str]:
+    pod = render(values=values).one("Deployment", f"-{service}")["spec"]["template"]["spec"]
+    return {each["name"]: each.get("value", "") for each in pod["containers"][0]["env"]}
+
+
+def traced(variables: dict[str, str], requests: int) -> int:
+    """Of requests whose clients have not decided, as the gateway itself reads its variables."""
+    tracing = Tracing.from_environment(variables)
+    try:
+        assert tracing.on
+        return sum(tracing.begin(None) is not None for _ in range(requests))
+    finally:
+        tracing.close(0.0)
+
+
+def test_traces_are_off_until_a_collector_is_named() -> None:
+    for service in ("gateway", "controller"):
+        assert not any(name.startswith("OTEL_") for name in variables_of(service, {}))
+
+
+def test_one_request_in_a_hundred_is_traced_unless_the_values_say_otherwise() -> None:
+    endpoint = {"monitoring.traces.endpoint": "http://127.0.0.1:1"}
+    variables = variables_of("gateway", endpoint)
+    assert variables["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://127.0.0.1:1"
+    assert variables["OTEL_TRACES_SAMPLER"] == "parentbased_traceidratio"
+    assert variables["OTEL_TRACES_SAMPLER_ARG"] == "0.01"
+    assert 0 < traced(variables, 10_000) < 200
+    all_of_them = variables_of("gateway", {**endpoint, "monitoring.traces.ratio": 1})
+    assert traced(all_of_them, 100) == 100
+
+
+def test_the_controller_sends_its_decisions_to_the_same_collector() -> None:
+    endpoint = {"monitoring.traces.endpoint": "http://127.0.0.1:1"}
+    variables = variables_of("controller", endpoint)
+    assert variables["OTEL_EXPORTER_OTLP_ENDPOINT"] == "http://127.0.0.1:1"
+
+
+def test_an_endpoint_for_traces_alone_has_the_same_share() -> None:
+    alone = {"gateway.env": {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4318/v1/traces"}}
+    variables = variables_of("gateway", alone)
+    assert variables["OTEL_TRACES_SAMPLER_ARG"] == "0.01"
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT" not in variables

@@ -104,3 +104,43 @@ def test_fields_of_others_are_rendered_nowhere() -> None:
 def test_only_one_object_has_a_name() -> None:
     seen = [(each["kind"], each["metadata"]["name"]) for each in render(values=EVERYTHING).objects]
     assert len(seen) == len(set(seen))
+
+
+def server_side_conflicts(rendered: Json, live: Json, where: str = "") -> list[str]:
+    """Fields that a server-side apply would take from whoever wrote them since: those it sets
+    otherwise than they are. A list without keys in its schema is one field, as in a RayCluster."""
+    found = []
+    for key, value in rendered.items():
+        path, now = f"{where}.{key}".lstrip("."), live.get(key)
+        if isinstance(value, dict) and isinstance(now, dict):
+            found += server_side_conflicts(value, now, path)
+        elif value != now:
+            found.append(path)
+    return found
+
+
+def test_by_server_side_apply_the_worker_groups_alone_would_conflict() -> None:
+    """Which is why NOTES ask for --server-side=false, and nothing else needs it."""
+    rendered = render(values=EVERYTHING)
+    cluster, gateway = rendered.one("RayCluster"), rendered.one("StatefulSet", "-gateway")
+    assert server_side_conflicts(cluster, after_a_day_of_scaling(cluster)) == [
+        "spec.workerGroupSpecs"
+    ]
+    live = copy.deepcopy(gateway)
+    live["spec"]["replicas"] = 7
+    assert server_side_conflicts(gateway, live) == []
+
+
+def test_a_changed_bound_replaces_the_worker_groups_as_a_whole() -> None:
+    """So Ray's autoscaler has to write its numbers again, as operations.md says."""
+    pools = [
+        {"name": name, "market": "local", "usd_per_node_hour": 1, "nodes": {"min": 2, "max": most}}
+        for name, most in (("cpu-small", 2), ("cpu-large", 3))
+    ]
+    old, new = (
+        render().one("RayCluster"),
+        render(values={"platform.pools": pools}).one("RayCluster"),
+    )
+    patch = merge_patch(old, new)
+    assert patch.keys() == {"spec"}
+    assert patch["spec"].keys() == {"workerGroupSpecs"}

@@ -96,6 +96,30 @@ checksum/secrets: {{ list .mesh.value .ray.value | toJson | sha256sum }}
   {{- end }}
 {{- end -}}
 
+{{/* What a gateway needs to stop: both times of its drain, and 15 s for the last write to the ledger. */}}
+{{- define "expertmesh.gatewayStopSeconds" -}}
+{{- add .Values.gateway.drain.delaySeconds .Values.gateway.drain.timeoutSeconds 15 -}}
+{{- end -}}
+
+{{- define "expertmesh.tracesEndpointEnv" -}}
+{{- with .Values.monitoring.traces.endpoint }}
+- name: OTEL_EXPORTER_OTLP_ENDPOINT
+  value: {{ . | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* Of gateways; the controller sends all of its few decisions. */}}
+{{- define "expertmesh.tracesEnv" -}}
+{{- $traces := .Values.monitoring.traces -}}
+{{- include "expertmesh.tracesEndpointEnv" . }}
+{{- if or $traces.endpoint (hasKey .Values.gateway.env "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") }}
+- name: OTEL_TRACES_SAMPLER
+  value: parentbased_traceidratio
+- name: OTEL_TRACES_SAMPLER_ARG
+  value: {{ $traces.ratio | toString | quote }}
+{{- end }}
+{{- end -}}
+
 {{- define "expertmesh.gatewayKind" -}}
 {{- ternary "StatefulSet" "Deployment" .Values.gateway.journal.persistent -}}
 {{- end -}}

@@ -92,6 +92,10 @@
 {{- range $pool := .Values.platform.pools -}}
   {{- if ne $pool.market "external" -}}
     {{- $workers := mergeOverwrite (deepCopy $.Values.ray.workerDefaults) (deepCopy (index $.Values.ray.workers $pool.name | default dict)) -}}
+    {{- include "expertmesh.validateRayPods" (dict "where" (ternary (printf "ray.workers.%s" $pool.name) "ray.workerDefaults" (hasKey $.Values.ray.workers $pool.name)) "pods" $workers "all" $.Values.ray.env "worker" true) -}}
+    {{- if and (eq $pool.market "spot") (dig $pool.name "podDisruptionBudget" "enabled" false $.Values.ray.workers) -}}
+      {{- fail (printf "ray.workers.%s.podDisruptionBudget: a spot node is taken whatever a budget says, which would only keep its pods from ending in order; remove it" $pool.name) -}}
+    {{- end -}}
     {{- include "expertmesh.validateMarket" (dict "pool" $pool "workers" $workers "graceSeconds" (include "expertmesh.graceSeconds" (dict "root" $ "pool" $pool))) -}}
     {{- range $volume := $workers.volumes -}}
       {{- if has $volume.name (list "dshm" "model-cache" "compiled") -}}
@@ -100,6 +104,7 @@
     {{- end -}}
   {{- end -}}
 {{- end -}}
+{{- include "expertmesh.validateRayPods" (dict "where" "ray.head" "pods" .Values.ray.head "all" .Values.ray.env "worker" false) -}}
 {{- $ports := dict "8265" "Ray's dashboard" -}}
 {{- range $service := list "gateway" "controller" -}}
   {{- $port := (index $.Values.platform $service).port | toString -}}
@@ -118,6 +123,28 @@
   {{- end -}}
   {{- if and $scaling.cpuPercent (not (dig "requests" "cpu" "" .Values.gateway.resources)) -}}
     {{- fail "gateway.autoscaling.cpuPercent: is a share of gateway.resources.requests.cpu, which is missing; set it" -}}
+  {{- end -}}
+{{- end -}}
+{{- range $service := list "gateway" "controller" -}}
+  {{- range $volume := (index $.Values $service).volumes -}}
+    {{- if has $volume.name (list "manifest" "manifests" "journal" "state" "tmp") -}}
+      {{- fail (printf "%s.volumes: %s: the chart has a volume of this name; rename yours" $service $volume.name) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- with .Values.gateway.terminationGracePeriodSeconds -}}
+  {{- $drain := $.Values.gateway.drain -}}
+  {{- $needed := include "expertmesh.gatewayStopSeconds" $ | int -}}
+  {{- if lt (int .) $needed -}}
+    {{- fail (printf "gateway.terminationGracePeriodSeconds: %d s would cut streams: gateway.drain takes %d s and %d s, the ledger 15 s; leave it out, or write at least %d" (int .) (int $drain.delaySeconds) (int $drain.timeoutSeconds) $needed) -}}
+  {{- end -}}
+{{- end -}}
+{{- if hasKey .Values.controller.env "OTEL_EXPORTER_OTLP_ENDPOINT" -}}
+  {{- fail "controller.env.OTEL_EXPORTER_OTLP_ENDPOINT: the chart sets this variable; remove it and write monitoring.traces.endpoint" -}}
+{{- end -}}
+{{- range $name, $instead := dict "OTEL_EXPORTER_OTLP_ENDPOINT" "endpoint" "OTEL_TRACES_SAMPLER" "ratio" "OTEL_TRACES_SAMPLER_ARG" "ratio" -}}
+  {{- if or (hasKey $.Values.gateway.env $name) (hasKey $.Values.gateway.secretEnv $name) -}}
+    {{- fail (printf "gateway.env.%s: the chart sets this variable; remove it and write monitoring.traces.%s" $name $instead) -}}
   {{- end -}}
 {{- end -}}
 {{- if and .Values.gateway.ingress.enabled (not .Values.gateway.ingress.hosts) -}}
@@ -153,7 +180,7 @@
     {{- fail (printf "secrets.%s: neither existingSecret nor value is set; name a Secret that holds the token, or give one for a trial" $name) -}}
   {{- end -}}
 {{- end -}}
-{{- $reserved := list "EXPERTMESH_MESH_TOKEN" "EXPERTMESH_STORE_URL" "HF_TOKEN" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" "RAY_SERVE_ENABLE_DIRECT_INGRESS" -}}
+{{- $reserved := list "EXPERTMESH_MESH_TOKEN" "EXPERTMESH_STORE_URL" "HF_TOKEN" "RAY_AUTH_MODE" "RAY_AUTH_TOKEN" "RAY_SERVE_ENABLE_DIRECT_INGRESS" "RAY_enable_autoscaler_v2" -}}
 {{- range $name, $_ := .Values.gateway.secretEnv -}}
   {{- if hasKey $.Values.gateway.env $name -}}
     {{- fail (printf "gateway.env.%s: is in gateway.secretEnv too; remove one" $name) -}}

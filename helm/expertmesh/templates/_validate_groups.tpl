@@ -85,3 +85,27 @@
   {{- fail (printf "%s: a grace period of %d s outlasts a spot node, which is gone 30 to 120 s after its notice; write terminationGracePeriodSeconds: 25" $where (int .graceSeconds)) -}}
 {{- end -}}
 {{- end -}}
+
+{{/* What KubeRay refuses in an existing cluster only, with an event (ray-operator's validation.go). */}}
+{{- define "expertmesh.validateRayPods" -}}
+{{- $where := .where -}}
+{{- $instead := dict
+  "labels" "nodes have those of their pool"
+  "redis-password" "write ray.redis"
+  "redis-username" "write ray.redis" -}}
+{{- if .worker -}}
+  {{- range $name := list "num-cpus" "num-gpus" "memory" "resources" -}}
+    {{- $_ := set $instead $name "what a node has comes from its pool in platform.pools" -}}
+  {{- end -}}
+{{- end -}}
+{{- range $name, $hint := $instead -}}
+  {{- if hasKey ($.pods.rayStartParams | default dict) $name -}}
+    {{- fail (printf "%s.rayStartParams.%s: KubeRay refuses it; remove it: %s" $where $name $hint) -}}
+  {{- end -}}
+{{- end -}}
+{{- range $name := list "RAY_REDIS_ADDRESS" "REDIS_PASSWORD" "REDIS_USERNAME" -}}
+  {{- if or (hasKey ($.pods.env | default dict) $name) (hasKey $.all $name) -}}
+    {{- fail (printf "%s.env.%s: KubeRay refuses it; remove it and write ray.redis" (ternary "ray" $where (hasKey $.all $name)) $name) -}}
+  {{- end -}}
+{{- end -}}
+{{- end -}}

@@ -16,7 +16,8 @@ from expertmesh.core.scaling.contract import Binding
 from expertmesh.core.scaling.counterfactual import Counterfactual, Effect
 from expertmesh.core.scaling.explanation import Explanation, explain
 from expertmesh.core.scaling.mix import churn_usd, fits, priced
-from expertmesh.core.scaling.policy import Question, question_at
+from expertmesh.core.scaling.policy import question_at
+from expertmesh.core.scaling.question import Question
 from expertmesh.core.scaling.replay import DecisionRecord
 from expertmesh.core.scaling.what_if import changed
 
@@ -59,8 +60,10 @@ def check_counterfactual(of: DecisionRecord, told: Counterfactual) -> None:
         return
     assert is_so(told.flips), f"{told.flips} is told to change it: {told.text}"
     assert changed(of, told.flips).decision.target == told.target
-    # A price that moves further may change the whole mix, so only the spot is told.
-    if not told.flips.startswith("price."):
+    # A price that moves further may change the whole mix, and so may a budget: where it does, only
+    # the spot is told.
+    is_spot = told.flips.startswith("budget") and " or more" not in told.text
+    if not told.flips.startswith("price.") and not is_spot:
         assert is_so(further(told.flips, told.keeps)), "and so on from there: a bound, not a spot"
     one, other = (
         float(re.sub("[^0-9.]", "", s.partition("=")[2])) for s in (told.flips, told.keeps)

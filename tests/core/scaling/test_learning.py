@@ -1,5 +1,7 @@
 """Groups here really take `t0 + s * b` for an iteration with b requests in the batch."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -158,3 +160,42 @@ def test_what_slows_one_option_slows_all() -> None:
     own = Learned(seconds_ratio=2.0, own_ratio=2.0, measured_s=600.0)
     assert usual_ratio([own]) == 1.0
     assert usual_ratio([slow, own]) == pytest.approx(1.5)
+
+
+def test_a_group_that_stands_still_tells_nothing() -> None:
+    still = replace(doing(64), output_tokens_per_s=1e-308)
+    assert speed_of(still, PLANNED, 0.02, WORK, SLO) is None
+
+
+def test_what_was_measured_long_ago_fades_and_then_the_plan_counts_again() -> None:
+    old = Learned(seconds_ratio=3.0, measured_s=600.0, at_s=0.0)
+    new = Learned(seconds_ratio=1.5, measured_s=600.0, at_s=10_000.0)
+    assert usual_ratio([old], 0.0) == pytest.approx(3.0)
+    assert 1.5 < usual_ratio([old], 3600.0) < 2.0
+    assert usual_ratio([old], 1e6) == pytest.approx(1.0)
+    assert usual_ratio([old, new], 10_000.0) == pytest.approx(1.5, rel=0.1)
+    assert usual_ratio([old], -500.0) == pytest.approx(3.0), "a clock that was set back"
+
+
+@pytest.mark.parametrize("rates", [RATES, PLANNED])
+def test_what_was_learned_while_the_machine_was_busy_is_unlearned_when_it_is_not(
+    rates: GroupRates,
+) -> None:
+    """A batch of 4 took as long as a full one; later it is as quick as a request alone."""
+    known: Learned | None = None
+    for _ in range(90):
+        known = learn(known, rates, doing(4, S * 16), WORK, SLO, 10.0, 1.0)
+    assert known is not None
+    fair_s = OUTPUT * 0.05 / FULL
+    slow_s = known.seconds or (rates.seconds(0.0, OUTPUT) or 0.0) * known.seconds_ratio
+    assert slow_s > 4 * fair_s
+    for _ in range(90):
+        known = learn(known, rates, doing(4), WORK, SLO, 10.0, 1.0)
+    assert known is not None
+    quick_s = known.seconds or (rates.seconds(0.0, OUTPUT) or 0.0) * known.seconds_ratio
+    assert fair_s <= quick_s < 2 * fair_s
+
+
+def test_a_quick_group_with_little_to_do_does_not_make_the_others_better_than_they_are() -> None:
+    known = learn(None, RATES, doing(64), WORK, SLO, 600.0, 1.0)
+    assert learn(known, RATES, doing(4), WORK, SLO, 600.0, 1.0) == known

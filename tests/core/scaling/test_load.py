@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from tests.core.scaling.world import pool, size_option
@@ -6,7 +7,7 @@ from tests.core.scaling.world import pool, size_option
 from expertmesh.core.domain.option import GroupRates
 from expertmesh.core.domain.slo import Slo
 from expertmesh.core.scaling.contract import Load
-from expertmesh.core.scaling.demand import Demand, GroupDoing
+from expertmesh.core.scaling.demand import Demand, Flow, GroupDoing
 from expertmesh.core.scaling.kinds import Kind, Kinds
 from expertmesh.core.scaling.load import Serving, measure_load
 from expertmesh.core.scaling.work import Work
@@ -75,6 +76,27 @@ def test_while_requests_wait_the_higher_one_counts() -> None:
     seen = load(serving(kind(), 64), demand=Demand(queued=1))
     assert seen.now == pytest.approx(2.0)
     assert seen.backlog_s == pytest.approx(0.2)
+
+
+def test_while_requests_go_to_a_provider_at_least_what_arrives_counts() -> None:
+    flow = Flow(10.0, 10.0, external_per_s=5.0)
+    seen = load(serving(kind(), 32), demand=Demand(flow=flow))
+    assert seen.now == pytest.approx(2.0)
+
+
+def test_a_group_that_will_be_taken_is_measured_but_not_counted_on() -> None:
+    stays = serving(kind(), 64)
+    seen = load(stays, replace(serving(kind(), 64), stays=False))
+    assert seen.now == pytest.approx(2.0)
+    assert seen.ready == pytest.approx(1.0)
+
+
+def test_the_queue_of_a_cold_start_does_not_mean_overload() -> None:
+    waits = Demand(queued=5, oldest_wait_s=100.0)
+    group = serving(kind(), 1)
+    kinds = Kinds((group.kind,), by_tokens=True)
+    assert measure_load(kinds, (group,), waits, QUIET, SLO).now > 1.0
+    assert measure_load(kinds, (group,), waits, QUIET, SLO, waking=True).now < 1.0
 
 
 def test_with_no_group_the_arrivals_count() -> None:

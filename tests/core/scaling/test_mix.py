@@ -129,14 +129,14 @@ def test_nothing_to_have_is_all_of_the_load_short() -> None:
 
 
 def test_nothing_to_carry_is_no_group_but_the_minimum() -> None:
-    assert counts(Need(0.0), bounds(), SMALL, LARGE) == (0, 0)
-    assert counts(Need(0.0), bounds(low=2), SMALL, LARGE) == (2, 0)
+    assert counts(Need(0.0, short_usd=math.inf), bounds(), SMALL, LARGE) == (0, 0)
+    assert counts(Need(0.0, short_usd=math.inf), bounds(low=2), SMALL, LARGE) == (2, 0)
 
 
 def test_the_minimum_is_undercut_only_for_want_of_room_or_money() -> None:
-    assert counts(Need(0.0), bounds(low=3, workers=5), SMALL) == (2,)
-    assert counts(Need(0.0), bounds(low=3, usd=3.9), SMALL) == (1,)
-    assert counts(Need(0.0), bounds(low=2, workers=8), SMALL, LARGE) == (2, 0)
+    assert counts(Need(0.0, short_usd=math.inf), bounds(low=3, workers=5), SMALL) == (2,)
+    assert counts(Need(0.0, short_usd=math.inf), bounds(low=3, usd=3.9), SMALL) == (1,)
+    assert counts(Need(0.0, short_usd=math.inf), bounds(low=2, workers=8), SMALL, LARGE) == (2, 0)
 
 
 def test_room_money_number_and_limit_each_bind() -> None:
@@ -182,7 +182,7 @@ def test_spot_groups_are_spread_or_covered_when_a_loss_costs_more() -> None:
 
 def test_the_worst_zone_counts_over_pools_and_sizes() -> None:
     offers = [spot("a"), spot("a", 2.0), spot("b"), spot(None)]
-    mix = priced(offers, Need(4.0, cover=4.0, uncovered_usd=1.0), (1, 1, 1, 1))
+    mix = priced(offers, Need(4.0, short_usd=math.inf, cover=4.0, uncovered_usd=1.0), (1, 1, 1, 1))
     assert (mix.short, mix.uncovered) == (0.0, 2.0)
     assert mix.usd == pytest.approx(5.0 + 2.0)
     assert mix.usd_per_hour == 10.0

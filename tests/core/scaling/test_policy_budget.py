@@ -6,7 +6,15 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.core.scaling.world import PER_GROUP, Traffic, World, pool, size_option, token_config
+from tests.core.scaling.world import (
+    PER_GROUP,
+    Traffic,
+    World,
+    config,
+    pool,
+    size_option,
+    token_config,
+)
 
 from expertmesh.core.domain.fleet import GroupState
 from expertmesh.core.scaling.contract import Binding, Grant, workers_of
@@ -212,3 +220,13 @@ def test_no_start_is_ever_beyond_a_bound(
             assert sum(r.spec.usd_per_hour for r in staying) <= (usd or 1e9) + 1e-3
             assert sum(workers_of(r.spec.parallelism) for r in staying) <= (workers or 1e9)
     assert daily is None or world.state.spending.usd <= daily + 1e-6
+
+
+def test_of_many_pools_without_room_the_cheapest_are_named() -> None:
+    pools = [pool(f"p{usd}", float(usd), nodes=1) for usd in (5, 1, 4, 2, 3)]
+    decision = World(config(*pools, min_groups=1)).step()
+    assert decision.pending == (
+        "pending: no room in pool p1 (1 of 2 workers free), "
+        "no room in pool p2 (1 of 2 workers free), "
+        "no room in pool p3 (1 of 2 workers free) and 2 more"
+    )

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from tests.core.scaling.world import PER_GROUP, Traffic, World, pool, size_option, token_config
 
 from expertmesh.core.domain.fleet import ExternalRoute, ExternalUse
@@ -83,6 +84,15 @@ def test_an_overflow_makes_fewer_groups_enough() -> None:
     fallback.run(1800)
     overflow.run(1800)
     assert len(overflow.serving) < len(fallback.serving)
+
+
+def test_what_overflows_is_part_of_the_load() -> None:
+    """All that comes, though the groups serve less of it."""
+    world = world_of(4.0, route(CHEAP * 1.5, ExternalUse.OVERFLOW), max_groups=1)
+    world.run(1800)
+    decision = world.step(dt_s=5.0)
+    assert len(world.serving) == 1
+    assert decision.load.now == pytest.approx(4.0, rel=0.05)
 
 
 def test_of_several_providers_the_cheapest_counts() -> None:

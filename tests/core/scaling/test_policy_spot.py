@@ -52,21 +52,109 @@ def test_spot_is_cheaper_unless_it_is_risky() -> None:
     assert [a.spec.pool for a in calm.step().actions if a.spec] == ["spota"]
 
 
-def test_a_group_whose_node_will_be_taken_drains_at_once_and_is_replaced_elsewhere() -> None:
-    world = aged(world_of(PLAIN, A, min_groups=1), "a")
+def test_a_group_whose_node_will_be_taken_drains_once_its_replacement_is_ready() -> None:
+    world = aged(world_of(PLAIN, A, min_groups=1, drain_deadline_s=20.0), "a")
     world.run(60)
     assert by_pool(world) == {"spota": 1}
     world.running["em-tiny-spota-1"].leaving_at_s = world.now_s + 100
     world.in_flight = {"em-tiny-spota-1": 3}
     decision = world.step()
-    assert actions(decision) == [("drain", "em-tiny-spota-1"), ("start", "em-tiny-plain-2")]
+    assert actions(decision) == [("start", "em-tiny-plain-2")]
+    assert "em-tiny-spota-1 serves on until others carry its load" in decision.reason
     assert "a node of it will be taken away in 100 s" in decision.reason
-    world.config = replace(world.config, rules=replace(world.config.rules, drain_deadline_s=600.0))
-    for _ in range(99):
-        assert ("recall", "em-tiny-spota-1") not in actions(world.step())
+    later = world.steps(29)
+    assert {d.actions for d in later} == {()}
+    assert by_pool(world) == {"spota": 1}
+    assert actions(world.step()) == [("drain", "em-tiny-spota-1")]
+    assert by_pool(world) == {"plain": 1}
+
+
+def test_without_a_replacement_it_drains_when_its_requests_can_just_be_finished() -> None:
+    world = aged(world_of(A, min_groups=1, drain_deadline_s=20.0), "a")
+    world.run(60)
+    taken_at_s = world.now_s + 100
+    world.running["em-tiny-spota-1"].leaving_at_s = taken_at_s
+    world.in_flight = {"em-tiny-spota-1": 3}
+    while world.now_s < taken_at_s - 20:
+        decision = world.step()
+        assert actions(decision) == []
+        assert decision.wake_at_s <= taken_at_s - 20
+    assert actions(world.step()) == [("drain", "em-tiny-spota-1")]
+    while world.now_s < taken_at_s:
+        assert actions(world.step()) == []
     last = world.step()
     assert actions(last) == [("remove", "em-tiny-spota-1")]
-    assert "3 in flight at the deadline of 100 s" in last.reason
+    assert "3 in flight at the deadline of 20 s" in last.reason
+
+
+def test_requests_that_are_known_to_be_short_let_it_serve_on_for_longer() -> None:
+    world = aged(world_of(A, min_groups=1, drain_deadline_s=600.0), "a")
+    world.traffic = Traffic(0.2 * PER_GROUP)
+    world.run(900)
+    taken_at_s = world.now_s + 100
+    for run in world.running.values():
+        run.leaving_at_s = taken_at_s
+    while not any(kind == "drain" for kind, _ in actions(world.step())):
+        assert world.now_s < taken_at_s
+    assert 30 < taken_at_s - world.now_s < 60
+
+
+def test_a_group_that_the_others_can_do_without_drains_at_once() -> None:
+    world = aged(world_of(PLAIN, A, min_groups=3), "a")
+    world.run(90)
+    first = next(name for name in sorted(world.running) if "spota" in name)
+    world.in_flight = {first: 3}
+    world.running[first].leaving_at_s = world.now_s + 300
+    assert ("drain", first) in actions(world.step())
+
+
+def test_groups_that_are_needed_serve_on_together_until_enough_others_are_ready() -> None:
+    world = aged(world_of(PLAIN, A, min_groups=1, drain_deadline_s=20.0), "a")
+    world.traffic = Traffic(3.5 * PER_GROUP)
+    world.run(1800)
+    there = [name for name in world.serving if "spota" in name]
+    assert len(there) >= 3
+    before = world.step(dt_s=5.0).load
+    taken_at_s = world.now_s + 300
+    for name in there:
+        world.running[name].leaving_at_s = taken_at_s
+    while any("spota" in name for name in world.serving):
+        decision = world.step(dt_s=5.0)
+        assert decision.load.now == pytest.approx(before.now, rel=0.1)
+        assert world.wait_s == 0.0
+        assert world.now_s < taken_at_s
+    assert len(world.serving) >= 4
+
+
+def test_the_only_group_of_a_model_in_use_serves_on_without_a_minimum_too() -> None:
+    world = aged(world_of(PLAIN, A, drain_deadline_s=20.0), "a")
+    world.step(queued=1)
+    world.run(60)
+    name = world.serving[0]
+    world.running[name].leaving_at_s = world.now_s + 100
+    world.in_flight = {name: 1}
+    assert ("drain", name) not in actions(world.step())
+
+
+def test_a_notice_that_is_given_again_moves_no_deadline() -> None:
+    world = aged(world_of(A, min_groups=1, drain_deadline_s=20.0), "a")
+    world.run(60)
+    world.in_flight = {"em-tiny-spota-1": 3}
+    taken_at_s = world.now_s + 100
+    while world.now_s <= taken_at_s - 20:
+        world.running["em-tiny-spota-1"].leaving_at_s = world.now_s + 100
+        decision = world.step()
+    assert actions(decision) == [("drain", "em-tiny-spota-1")]
+
+
+def test_a_notice_that_is_withdrawn_is_forgotten() -> None:
+    world = aged(world_of(A, min_groups=1, drain_deadline_s=20.0), "a")
+    world.run(60)
+    world.running["em-tiny-spota-1"].leaving_at_s = world.now_s + 100
+    world.step()
+    world.running["em-tiny-spota-1"].leaving_at_s = None
+    assert {d.actions for d in world.run(300)} == {()}
+    assert world.state.groups[0].leaving_at_s is None
 
 
 def test_a_group_that_still_starts_there_is_not_counted_on() -> None:
@@ -148,3 +236,23 @@ def test_what_is_kept_covers_too() -> None:
     moved = [a for d in decisions for a in d.actions if a.kind is not ActionKind.REMOVE]
     assert moved == []
     assert by_pool(world) == before
+
+
+def test_an_hour_of_a_zone_is_counted_once_however_many_pools_are_in_it() -> None:
+    other = spot("spotc", 2.0, "a")
+    world = World(
+        token_config(
+            *(size_option(each) for each in (A, other)),
+            pools=(A, other),
+            min_groups=4,
+            max_groups=8,
+        ),
+        start_s=30.0,
+        now_s=1e6,
+    )
+    world.config = replace(world.config, pools=tuple(replace(p, max_nodes=4) for p in (A, other)))
+    world.run(60)
+    assert set(by_pool(world)) == {"spota", "spotc"}
+    before = sum(world.state.zones["a"].watched_h)
+    world.run(360)
+    assert sum(world.state.zones["a"].watched_h) - before == pytest.approx(0.1, rel=0.02)

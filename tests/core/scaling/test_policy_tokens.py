@@ -286,6 +286,44 @@ def test_the_wake_from_zero_is_quick_and_cheap() -> None:
     assert [a.spec.pool for a in woken.actions if a.spec] == ["cheap"]
 
 
+def woken(queued: int, max_wait_s: float) -> World:
+    """A model whose rates are known, at zero, and then as many requests at once."""
+    config = replace(token_config(), max_wait_s=max_wait_s)
+    first = replace(token_config(min_groups=1), max_wait_s=max_wait_s)
+    world = settled(0.3 * PER_GROUP, World(first), 600)
+    world.config = config
+    world.traffic = Traffic(0.0)
+    world.run(3600)
+    assert world.state.groups == ()
+    world.backlog, world.all_came_at_s = float(queued), world.now_s
+    return world
+
+
+def test_a_long_queue_that_the_first_group_works_off_in_time_needs_no_other() -> None:
+    """A group works off 500 requests in 100 s; a start takes 20 s."""
+    world = woken(queued=500, max_wait_s=300.0)
+    decisions = world.run(300)
+    assert starts(decisions) == 1
+    assert world.backlog == 0.0
+    assert decisions[-1].load.by_tokens
+
+
+def test_a_queue_that_one_group_cannot_work_off_in_time_has_more() -> None:
+    world = woken(queued=4000, max_wait_s=300.0)
+    assert 3 <= starts(world.run(20)) <= 5
+    hurried = woken(queued=500, max_wait_s=30.0)
+    assert starts(hurried.run(20)) >= 2
+
+
+def test_a_load_that_came_with_the_wake_has_the_groups_that_it_needs() -> None:
+    world = woken(queued=500, max_wait_s=300.0)
+    world.all_came_at_s = None
+    world.traffic = Traffic(2.5 * PER_GROUP)
+    world.run(300)
+    assert world.backlog == 0.0
+    assert 3 <= len(world.serving) <= 6
+
+
 def test_it_does_not_go_to_zero_while_its_first_group_is_still_loading() -> None:
     world = World(token_config(), start_s=600.0)
     world.step(queued=1)
@@ -325,6 +363,19 @@ def test_a_mix_is_cheaper_than_one_size() -> None:
     cost = sum(r.spec.usd_per_hour for r in world.state.groups)
     assert decision.load.needed - 0.1 <= capacity <= decision.load.held + 2.0
     assert cost < 10.0 * math.ceil(decision.load.held)
+
+
+def test_of_a_mix_of_sizes_no_number_of_groups_is_said_to_be_needed() -> None:
+    world = settled(7.6 * PER_GROUP, sized(10.0, 36.0, min_groups=1, max_groups=2), seconds=1800)
+    decision = world.step(dt_s=5.0)
+    assert "as much as 1" in decision.reason
+    assert "groups of p/t1d2e2" in decision.reason
+    assert "with max" not in decision.reason
+    assert "groups needed" not in decision.reason
+    short = settled(20 * PER_GROUP, sized(10.0, 36.0, min_groups=1, max_groups=2), seconds=1800)
+    decision = short.step(dt_s=5.0)
+    assert decision.binding is Binding.MAX_GROUPS
+    assert "and max 2 allows 2 groups" in decision.reason
 
 
 def test_what_serves_is_replaced_only_when_that_is_worth_it() -> None:

@@ -43,3 +43,21 @@ def test_a_zone_is_left_alone_after_a_loss_for_its_time() -> None:
 
 def test_a_clock_that_was_set_back_is_a_young_zone() -> None:
     assert Zone(up_since_s=9000.0).losses_per_hour(0.0) == pytest.approx(1.14)
+
+
+def test_a_notice_that_is_seen_again_and_again_does_not_make_the_loss_younger() -> None:
+    zone = Zone(up_since_s=0.0)
+    for at_s in range(10_000, 10_200, 5):
+        zone = zone.lost(float(at_s))
+    assert sum(zone.losses) == 1.0
+    assert zone.lost_at_s == zone.up_since_s == 10_000.0
+    assert not zone.is_admitted(10_000.0 + ADMITTED_AFTER_S - 1)
+    assert zone.is_admitted(10_000.0 + ADMITTED_AFTER_S)
+
+
+def test_a_zone_that_is_still_being_lost_is_not_admitted() -> None:
+    zone = Zone(up_since_s=0.0)
+    for at_s in range(10_000, 10_000 + round(ADMITTED_AFTER_S) + 30, 30):
+        zone = zone.lost(float(at_s))
+    assert not zone.is_admitted(10_000.0 + ADMITTED_AFTER_S)
+    assert zone.is_admitted(10_000.0 + ADMITTED_AFTER_S + 61)

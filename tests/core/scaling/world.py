@@ -168,6 +168,8 @@ class World:
     """By option, where it is not as planned."""
     backlog: float = 0.0
     """Requests that wait for want of capacity."""
+    all_came_at_s: float | None = None
+    """When those that wait came; None: as they come, one by one."""
     provider: bool = False
     """An external provider takes what groups cannot carry."""
     grant: Grant | None = None
@@ -202,6 +204,8 @@ class World:
 
     @property
     def wait_s(self) -> float:
+        if self.all_came_at_s is not None and self.backlog:
+            return self.now_s - self.all_came_at_s
         per_s = self.traffic.per_s if self.traffic else 0.0
         return self.backlog / per_s if per_s else 0.0
 

@@ -18,7 +18,7 @@ from expertmesh.core.scaling.mix import (
     fits,
     priced,
 )
-from expertmesh.core.scaling.policy import Question
+from expertmesh.core.scaling.question import Question
 from expertmesh.core.scaling.target import WORTH_IT, Problem, Target, find_target
 
 _SMALL = 1e-9

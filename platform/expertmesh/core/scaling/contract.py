@@ -26,7 +26,6 @@ from expertmesh.core.scaling.spending import Spending
 from expertmesh.core.scaling.spot import Zone
 from expertmesh.core.scaling.work import Work
 
-
 _SLOW_START = 4.0
 """Times the planned start; plans were within a factor of 3 of the starts that are published."""
 
@@ -65,7 +64,9 @@ class ScalingConfig:
     external: tuple[ExternalRoute, ...] = ()
 
     def start_deadline_s(self, spec: GroupSpec) -> float:
-        """A start that takes much longer than planned has failed."""
+        """A start that takes much longer than planned has failed, unless the manifest has a say."""
+        if self.rules.start_deadline_s is not None:
+            return self.rules.start_deadline_s
         planned = (
             option.start_s
             for option in self.options
@@ -101,6 +102,8 @@ class GroupRecord:
     adopted: bool = False
     """Found running; the time of its start is not known."""
     failed_start: bool = False
+    leaving_at_s: float | None = None
+    """When a node of it will be taken away: the earliest time that was announced."""
     removed_at_s: float | None = None
     """Since when it is left out of the set of wanted applications."""
 

@@ -221,7 +221,11 @@ class _Search:
         if pair is None:
             return None
         unit = "day" if key == "budget_per_day" else "h"
-        text = f"with a budget of ${pair[0] / 100:,.2f}/{unit} or more (it is ${limit:,.2f})"
+        # With much more money the mix may be again what it was: then only the spot is told.
+        much = self._decide(setting(2 * pair[0])).target
+        stays = has_effect(Effect.OTHER, None, self.there, self.before, much)
+        words = " or more" if stays else ""
+        text = f"with a budget of ${pair[0] / 100:,.2f}/{unit}{words} (it is ${limit:,.2f})"
         return self._told(Effect.OTHER, None, setting(pair[0]), setting(pair[1]), text)
 
     def _count(self, key: str, at: int, last: int, words: str) -> Counterfactual | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from expertmesh.core.domain.fleet import GroupSpec
 from expertmesh.core.domain.hardware import Market, Pool
@@ -27,7 +28,7 @@ _LEAST_USD = 1e-6
 """Of a group over the horizon: one that costs nothing is still one too many."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Kind:
     option: GroupOption
     rates: GroupRates
@@ -43,11 +44,11 @@ class Kind:
     is_offered: bool
     """False: groups of it run, but it is none of the model's options any more."""
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.option.name
 
-    @property
+    @cached_property
     def zone(self) -> str | None:
         """Of spot nodes, that can be lost together."""
         if self.pool is None or self.pool.market is not Market.SPOT:
@@ -55,7 +56,7 @@ class Kind:
         return self.pool.zone or self.pool.name
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Kinds:
     all: tuple[Kind, ...]
     by_tokens: bool
@@ -66,8 +67,12 @@ class Kinds:
         """One group of it is the unit of load and capacity."""
         return self.all[0] if self.all else None
 
+    @cached_property
+    def by_name(self) -> Mapping[str, Kind]:
+        return {kind.name: kind for kind in self.all}
+
     def named(self, name: str) -> Kind:
-        return next(kind for kind in self.all if kind.name == name)
+        return self.by_name[name]
 
     def capacity(self, kind: Kind) -> float:
         """Of one group, in units."""
@@ -82,7 +87,7 @@ class Kinds:
         low_s, high_s = _HORIZON_S
         return min(high_s, max(low_s, _HORIZON_STARTS * longest_s))
 
-    @property
+    @cached_property
     def unit_usd_per_hour(self) -> float:
         """Of one unit of capacity, in the cheapest kind that cannot be taken away."""
         plain = [kind for kind in self.all if kind.zone is None] or list(self.all)
@@ -109,7 +114,7 @@ def kinds_of(
     options = {option.name: option for option in config.options}
     gone = {option_name(spec): _from_spec(spec, config) for spec in running}
     everything = options | {name: gone[name] for name in sorted(gone) if name not in options}
-    usual = usual_ratio(state.learned.values())
+    usual = usual_ratio(state.learned.values(), state.seen_at_s)
     seconds = _seconds(everything, state, work)
     kinds = tuple(
         Kind(
@@ -149,7 +154,7 @@ def _seconds(
 ) -> dict[str, float | None]:
     """What the plan says, corrected by what the groups do. An option of which nothing is known
     does as much for each worker as one that is known."""
-    usual = usual_ratio(state.learned.values())
+    usual = usual_ratio(state.learned.values(), state.seen_at_s)
     seconds: dict[str, float | None] = {}
     for name, option in options.items():
         learned = state.learned.get(name)

@@ -28,13 +28,27 @@ class Serving:
     """None: it is on the way."""
     in_flight: int
     doing: GroupDoing | None
+    stays: bool = True
+    """False: it serves until its node is taken away, and is not counted on."""
 
 
 def measure_load(
-    kinds: Kinds, serving: Iterable[Serving], demand: Demand, work: Work, slo: Slo
+    kinds: Kinds,
+    serving: Iterable[Serving],
+    demand: Demand,
+    work: Work,
+    slo: Slo,
+    *,
+    waking: bool = False,
 ) -> Load:
+    """`waking`: the groups work off the queue of a cold start, so what they do is more than comes,
+    and a long wait does not mean that they are full."""
     serving = tuple(serving)
-    ready = sum(kinds.capacity(group.kind) for group in serving if group.ready_for_s is not None)
+    ready = sum(
+        kinds.capacity(group.kind)
+        for group in serving
+        if group.ready_for_s is not None and group.stays
+    )
     coming = sum(kinds.capacity(group.kind) for group in serving if group.ready_for_s is None)
     unit = kinds.unit
     if unit is None:
@@ -48,9 +62,13 @@ def measure_load(
         if group.ready_for_s is not None
     )
     arriving = work.arrivals_per_s * unit.seconds
-    # Two measurements of one thing; while requests wait, what is served is less than what comes.
-    now = max(served, arriving) if demand.queued or not ready else (served + arriving) / 2
-    settled = all(
+    # Two measurements of one thing; while requests wait or go elsewhere, less is served than comes.
+    elsewhere = demand.flow.external_per_s > 0
+    known_apart = demand.queued or elsewhere or not ready
+    now = max(served, arriving) if known_apart else (served + arriving) / 2
+    if waking:
+        now = arriving
+    settled = not waking and all(
         group.ready_for_s >= _SETTLED_S for group in serving if group.ready_for_s is not None
     )
     if demand.queued and demand.oldest_wait_s > slo.ttft_s and ready > 0 and settled:

@@ -7,7 +7,7 @@ grows too large keeps the best mix found, which begins as a greedy one.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 _MOST_NODES = 2_000
 """Of the search tree; it seldom has 200."""
@@ -55,10 +55,11 @@ class Bounds:
 class Need:
     load: float
     """To be carried."""
+    _: KW_ONLY
+    short_usd: float
+    """What a shortage of 1 costs over the horizon; infinite: whatever can be had."""
     cover: float = 0.0
     """To be carried still when all spot groups of any one zone are lost."""
-    short_usd: float = math.inf
-    """What a shortage of 1 costs over the horizon."""
     uncovered_usd: float = 0.0
     """What a shortage of 1 after the loss of a zone costs, times its likelihood."""
 
@@ -95,26 +96,33 @@ def cheapest(offers: Sequence[Offer], need: Need, bounds: Bounds) -> Mix:
 
 def priced(offers: Sequence[Offer], need: Need, counts: Sequence[int]) -> Mix:
     """A given mix, whether or not it keeps within bounds."""
-    capacity = sum(n * offer.capacity for n, offer in zip(counts, offers, strict=True))
-    cost = sum(
-        n * offer.usd + max(0, n - offer.kept) * offer.start_usd
-        for n, offer in zip(counts, offers, strict=True)
-    )
+    capacity, cost, hourly = 0.0, 0.0, 0.0
+    by_zone: dict[str, float] = {}
+    for n, offer in zip(counts, offers, strict=True):
+        if not n:
+            continue
+        capacity += n * offer.capacity
+        cost += n * offer.usd + max(0, n - offer.kept) * offer.start_usd
+        hourly += n * offer.usd_per_hour
+        if offer.spot_zone is not None:
+            held = by_zone.get(offer.spot_zone, 0.0)
+            by_zone[offer.spot_zone] = held + n * offer.capacity
     short = max(0.0, need.load - capacity)
-    uncovered = max(0.0, need.cover - capacity + _worst_zone(offers, counts))
+    uncovered = max(0.0, need.cover - capacity + max(by_zone.values(), default=0.0))
     if short > _ENOUGH:
         cost += short * need.short_usd
     if uncovered > _ENOUGH:
         cost += uncovered * need.uncovered_usd
-    hourly = sum(n * offer.usd_per_hour for n, offer in zip(counts, offers, strict=True))
     return Mix(tuple(counts), capacity, short, uncovered, cost, hourly)
 
 
 def churn_usd(offers: Sequence[Offer], counts: Sequence[int]) -> float:
     """What a mix's difference to what there is counts for, where mixes are compared."""
-    return sum(
-        _ALIKE * abs(n - offer.kept) * offer.usd for n, offer in zip(counts, offers, strict=True)
-    )
+    usd = 0.0
+    for n, offer in zip(counts, offers, strict=True):
+        if n != offer.kept:
+            usd += _ALIKE * abs(n - offer.kept) * offer.usd
+    return usd
 
 
 def fits(offers: Sequence[Offer], bounds: Bounds, counts: Sequence[int]) -> bool:
@@ -130,15 +138,6 @@ def fits(offers: Sequence[Offer], bounds: Bounds, counts: Sequence[int]) -> bool
         and all(used <= bounds.workers.get(pool, 0) for pool, used in workers.items())
         and (bounds.usd_per_hour is None or hourly <= bounds.usd_per_hour + 1e-6)
     )
-
-
-def _worst_zone(offers: Sequence[Offer], counts: Sequence[int]) -> float:
-    by_zone: dict[str, float] = {}
-    for n, offer in zip(counts, offers, strict=True):
-        if n and offer.spot_zone is not None:
-            zone = offer.spot_zone
-            by_zone[zone] = by_zone.get(zone, 0.0) + n * offer.capacity
-    return max(by_zone.values(), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +157,27 @@ class _Search:
         self.need = need
         self.bounds = bounds
         self.asked = offers
-        # Cheapest work first, so that the first descents are good ones.
-        self.order = sorted(range(len(offers)), key=lambda i: (_unit_usd(offers[i]), i))
-        self.offers = [offers[i] for i in self.order]
         self.left = dict(bounds.workers)
-        self.counts = [0] * len(offers)
+        # Cheapest work first, so that the first descents are good ones.
+        self.order = sorted(
+            (i for i, offer in enumerate(offers) if self.most_of(offer, 0, 0.0)),
+            key=lambda i: (_unit_usd(offers[i]), i),
+        )
+        self.offers = [offers[i] for i in self.order]
+        self.counts = [0] * len(self.offers)
+        self.by_zone: dict[str, float] = {}
+        """What the spot groups so far can do, that a zone's loss would take."""
         self.best_counts: list[int] | None = None
         self.best_usd = math.inf
         self.best_missing = math.inf
         """Groups that the best mix has too few for `min_groups`."""
         self.nodes = 0
         self.pieces = self._pieces()
+        self.least_piece_usd = [
+            min((piece.usd for piece in self.pieces if piece.place >= place), default=math.inf)
+            for place in range(len(self.offers) + 1)
+        ]
+        """Of the offers from each place on."""
         lossy = any(offer.spot_zone is not None for offer in offers)
         self.covers = need.uncovered_usd > 0 and (lossy or need.cover > need.load)
 
@@ -187,8 +196,10 @@ class _Search:
         return sorted(pieces, key=lambda piece: (piece.usd, piece.place))
 
     def most(self, place: int, groups: int, hourly: float) -> int:
+        return self.most_of(self.offers[place], groups, hourly)
+
+    def most_of(self, offer: Offer, groups: int, hourly: float) -> int:
         """Groups of this offer that limits, room and money allow."""
-        offer = self.offers[place]
         most = self.bounds.max_groups - groups
         most = min(most, self.left.get(offer.pool, 0) // offer.workers)
         if offer.limit is not None:
@@ -217,36 +228,53 @@ class _Search:
         if not self.covers:
             return 0.0
         capacity = max(self.need.load, self.need.load - load)
-        bare = self.need.cover - capacity + _worst_zone(self.offers, self.counts)
+        bare = self.need.cover - capacity + max(self.by_zone.values(), default=0.0)
         if bare <= _ENOUGH:
             return 0.0
-        more_usd = next((p.usd for p in self.pieces if p.place >= place), math.inf)
-        return bare * min(more_usd, self.need.uncovered_usd)
+        return bare * min(self.least_piece_usd[place], self.need.uncovered_usd)
 
     def greedy(self) -> None:
         """The cheapest pieces in whole groups; then, for the last group, each offer in turn."""
+        load, groups, hourly = self.need.load, 0, 0.0
+        for piece in self.pieces:
+            offer = self.offers[piece.place]
+            taken = 0.0
+            while (
+                taken < piece.capacity
+                and load >= offer.capacity
+                and self._may_add(piece.place, groups, hourly)
+            ):
+                self.counts[piece.place] += 1
+                self.left[offer.pool] -= offer.workers
+                groups, hourly = groups + 1, hourly + offer.usd_per_hour
+                load -= offer.capacity
+                taken += offer.capacity
+        counts, left = list(self.counts), dict(self.left)
+        known = False
         for last in range(len(self.offers)):
-            self.left = dict(self.bounds.workers)
-            self.counts = [0] * len(self.offers)
-            load, groups, hourly = self.need.load, 0, 0.0
-            for piece in (*self.pieces, _Piece(0.0, last, math.inf)):
-                offer = self.offers[piece.place]
-                closing = math.isinf(piece.capacity)
-                taken = 0.0
-                while (
-                    taken < piece.capacity
-                    and (load > _ENOUGH if closing else load >= offer.capacity)
-                    and self.most(piece.place, groups, hourly) > 0
-                    and (offer.limit is None or self.counts[piece.place] < offer.limit)
-                ):
-                    self.counts[piece.place] += 1
-                    self.left[offer.pool] -= offer.workers
-                    groups, hourly = groups + 1, hourly + offer.usd_per_hour
-                    load -= offer.capacity
-                    taken += offer.capacity
-            self.take_if_better(groups)
+            if load > _ENOUGH and self._may_add(last, groups, hourly):
+                self._close(last, load, groups, hourly)
+                self.counts, self.left = list(counts), dict(left)
+            elif not known:
+                self.take_if_better(groups)
+                known = True
         self.left = dict(self.bounds.workers)
         self.counts = [0] * len(self.offers)
+
+    def _close(self, place: int, load: float, groups: int, hourly: float) -> None:
+        """The rest of the load in groups of one offer."""
+        offer = self.offers[place]
+        while load > _ENOUGH and self._may_add(place, groups, hourly):
+            self.counts[place] += 1
+            self.left[offer.pool] -= offer.workers
+            groups, hourly = groups + 1, hourly + offer.usd_per_hour
+            load -= offer.capacity
+        self.take_if_better(groups)
+
+    def _may_add(self, place: int, groups: int, hourly: float) -> bool:
+        limit = self.offers[place].limit
+        within = limit is None or self.counts[place] < limit
+        return within and self.most(place, groups, hourly) > 0
 
     def descend(self, place: int, load: float, usd: float, groups: int, hourly: float) -> None:
         """`load` is what is still to be carried, `usd` what the groups so far cost."""
@@ -268,9 +296,14 @@ class _Search:
         if not covered:
             high = max(high, math.ceil(self.need.cover / offer.capacity - _ENOUGH))
         high = min(self.most(place, groups, hourly), high)
-        for n in sorted(range(high + 1), key=lambda n: (abs(n - fill), n)):
+        zone = offer.spot_zone
+        held = self.by_zone.get(zone, 0.0) if zone is not None else 0.0
+        nearest = sorted(range(high + 1), key=lambda n: (abs(n - fill), n)) if high else (0,)
+        for n in nearest:
             self.counts[place] = n
             self.left[offer.pool] = self.left.get(offer.pool, 0) - n * offer.workers
+            if zone is not None:
+                self.by_zone[zone] = held + n * offer.capacity
             self.descend(
                 place + 1,
                 load - n * offer.capacity,
@@ -280,6 +313,8 @@ class _Search:
             )
             self.left[offer.pool] += n * offer.workers
             self.counts[place] = 0
+        if zone is not None:
+            self.by_zone[zone] = held
 
     def take_if_better(self, groups: int) -> None:
         mix = priced(self.offers, self.need, self.counts)
@@ -290,8 +325,8 @@ class _Search:
             self.best_missing, self.best_usd = missing, usd
 
     def best_mix(self) -> Mix:
-        counts = [0] * len(self.offers)
-        for place, n in zip(self.order, self.best_counts or counts, strict=True):
+        counts = [0] * len(self.asked)
+        for place, n in zip(self.order, self.best_counts or self.counts, strict=True):
             counts[place] = n
         return priced(self.asked, self.need, counts)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 ADMITTED_AFTER_S = 1800.0
 """Of being up after a loss; a zone that has never failed us is admitted at once."""
+_ONE_LOSS_S = 60.0
 _AGES_S = (1800.0, 7200.0, math.inf)
 _PRIOR_PER_HOUR = (1.14, 0.40, 0.094)
 """Losses an hour by age: -ln 0.32, a value between, -ln 0.91."""
@@ -25,6 +26,9 @@ class Zone:
     """Hours with groups there, by the age of the zone."""
     losses: tuple[float, float, float] = (0.0, 0.0, 0.0)
     lost_at_s: float | None = None
+    """When its last loss was first seen or announced."""
+    loss_seen_at_s: float | None = None
+    """When that loss was last seen: a notice is repeated until the nodes are gone."""
 
     def watched(self, over_s: float, now_s: float) -> "Zone":
         """Its groups have lasted so long since the last look."""
@@ -32,15 +36,20 @@ class Zone:
         return replace(self, watched_h=_add(self.watched_h, age, over_s / 3600.0))
 
     def lost(self, now_s: float) -> "Zone":
-        """Groups lost within a minute of each other are one loss of the zone."""
-        if self.lost_at_s is not None and now_s - self.lost_at_s < 60.0:
-            return replace(self, lost_at_s=now_s, up_since_s=now_s)
+        """What is lost within a minute of the last is one loss, as old as its first sight."""
+        if self._is_being_lost(now_s):
+            return replace(self, loss_seen_at_s=now_s)
         age = _age(now_s - self.up_since_s)
         losses = _add(self.losses, age, 1.0)
-        return replace(self, losses=losses, lost_at_s=now_s, up_since_s=now_s)
+        return replace(self, losses=losses, lost_at_s=now_s, loss_seen_at_s=now_s, up_since_s=now_s)
+
+    def _is_being_lost(self, now_s: float) -> bool:
+        return self.loss_seen_at_s is not None and now_s - self.loss_seen_at_s < _ONE_LOSS_S
 
     def is_admitted(self, now_s: float) -> bool:
-        return self.lost_at_s is None or now_s - self.lost_at_s >= ADMITTED_AFTER_S
+        if self.lost_at_s is None:
+            return True
+        return now_s - self.lost_at_s >= ADMITTED_AFTER_S and not self._is_being_lost(now_s)
 
     def losses_per_hour(self, now_s: float) -> float:
         """Of the whole zone, at its age; the mean of a Gamma posterior."""

@@ -166,7 +166,9 @@ def _binding(
         lifted = problem
         for obstacle in obstacles:
             # One after the other: two bounds may each be enough to stand in the way.
-            lifted = obstacle.lift(lifted)
+            before, lifted = lifted, obstacle.lift(lifted)
+            if lifted == before:
+                continue
             other = _reachable(lifted)
             if other.short < mix.short - 1e-9 or _lacks(problem.bounds, other) < lacks:
                 return obstacle.binding

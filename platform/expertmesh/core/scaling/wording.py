@@ -1,6 +1,7 @@
 """A decision in one sentence, with the numbers that it rests on."""
 
 import math
+from collections.abc import Sequence
 
 from expertmesh.core.domain.fleet import GroupState
 from expertmesh.core.scaling.contract import (
@@ -11,6 +12,7 @@ from expertmesh.core.scaling.contract import (
     ScalingConfig,
 )
 
+_MOST_OBSTACLES = 3
 _VERBS = {
     ActionKind.START: "starting",
     ActionKind.DRAIN: "draining",
@@ -44,8 +46,13 @@ def _work(config: ScalingConfig, decision: Decision) -> str:
             f"{work.arrivals_per_s:.3g} requests/s of {work.prompt_tokens:.0f} + "
             f"{work.output_tokens:.0f} tokens and {demand.queued} queued are a load of "
             f"{load.now:.2f} groups, {load.needed:.2f} with {load.spare:.2f} in hand: "
-            f"{groups(by_load)} needed"
         )
+        mixed = len({option.parallelism for option in config.options}) > 1
+        if mixed:
+            # Groups of several sizes are not counted against one limit by the load alone.
+            text += f"as much as {groups(by_load)} of {config.options[0].name}"
+            return text + _by_rules(config, decision)
+        text += f"{groups(by_load)} needed"
     else:
         in_flight = rules.target_in_flight_per_group
         text = (
@@ -57,6 +64,15 @@ def _work(config: ScalingConfig, decision: Decision) -> str:
     elif decision.need < by_load:
         text += f", {decision.need} with max {rules.max_groups}"
     return text
+
+
+def _by_rules(config: ScalingConfig, decision: Decision) -> str:
+    wanted = sum(decision.target.values())
+    if decision.binding is Binding.MAX_GROUPS:
+        return f", and max {config.rules.max_groups} allows {groups(wanted)}"
+    if decision.binding is Binding.MIN_GROUPS:
+        return f", and min {config.rules.min_groups} wants {groups(wanted)}"
+    return ""
 
 
 def _groups_there(decision: Decision) -> str:
@@ -76,6 +92,16 @@ def _groups_there(decision: Decision) -> str:
 def _on_the_way(record: GroupRecord) -> str:
     state = record.message if record.state is GroupState.STARTING else record.state.value
     return f"{record.spec.name} {state}"
+
+
+def pending_of(obstacles: Sequence[str]) -> str | None:
+    """The first of what stands in the way, and how much more there is."""
+    if not obstacles:
+        return None
+    different = list(dict.fromkeys(obstacles))
+    said = ", ".join(different[:_MOST_OBSTACLES])
+    more = len(different) - _MOST_OBSTACLES
+    return f"pending: {said}" + (f" and {more} more" if more > 0 else "")
 
 
 def groups(count: int) -> str:
