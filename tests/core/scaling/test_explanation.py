@@ -60,10 +60,8 @@ def check_counterfactual(of: DecisionRecord, told: Counterfactual) -> None:
         return
     assert is_so(told.flips), f"{told.flips} is told to change it: {told.text}"
     assert changed(of, told.flips).decision.target == told.target
-    # A price that moves further may change the whole mix, and so may a budget: where it does, only
-    # the spot is told.
-    is_spot = told.flips.startswith("budget") and " or more" not in told.text
-    if not told.flips.startswith("price.") and not is_spot:
+    # What moves further may change the whole mix: where it does, only the spot is told.
+    if re.search(" or (more|less|fewer)", told.text):
         assert is_so(further(told.flips, told.keeps)), "and so on from there: a bound, not a spot"
     one, other = (
         float(re.sub("[^0-9.]", "", s.partition("=")[2])) for s in (told.flips, told.keeps)

@@ -168,7 +168,8 @@ class _Search:
                     need = f"{decided.load.now:.3g} groups"
                 else:
                     need = f"{decided.demand.work} requests"
-                text = f"with a load of {need} {words} ({flips / 1000:.0%} of what it was)"
+                words = self._and_on(effect, load, pair, words)
+                text = f"with a load of {need}{words} ({flips / 1000:.0%} of what it was)"
                 found.append(self._told(effect, None, load(flips), load(keeps), text))
 
         def queue(i: int) -> str:
@@ -177,12 +178,14 @@ class _Search:
         if grows and demand.queued > 0:
             pair = self._first(Effect.RESTS, None, queue, demand.queued, 0)
             if pair is not None:
-                text = f"with {pair[0]} queued requests or fewer"
+                words = self._and_on(Effect.RESTS, queue, pair, "or fewer")
+                text = f"with {pair[0]} queued requests{words}"
                 found.append(self._told(Effect.RESTS, None, queue(pair[0]), queue(pair[1]), text))
         elif not grows and self.record.observation.gateways:
             pair = self._first(Effect.GROWS, None, queue, demand.queued, _MOST_QUEUED)
             if pair is not None:
-                text = f"with {pair[0]} queued requests or more"
+                words = self._and_on(Effect.GROWS, queue, pair, "or more")
+                text = f"with {pair[0]} queued requests{words}"
                 found.append(self._told(Effect.GROWS, None, queue(pair[0]), queue(pair[1]), text))
         return found
 
@@ -221,10 +224,7 @@ class _Search:
         if pair is None:
             return None
         unit = "day" if key == "budget_per_day" else "h"
-        # With much more money the mix may be again what it was: then only the spot is told.
-        much = self._decide(setting(2 * pair[0])).target
-        stays = has_effect(Effect.OTHER, None, self.there, self.before, much)
-        words = " or more" if stays else ""
+        words = self._and_on(Effect.OTHER, setting, pair, "or more")
         text = f"with a budget of ${pair[0] / 100:,.2f}/{unit}{words} (it is ${limit:,.2f})"
         return self._told(Effect.OTHER, None, setting(pair[0]), setting(pair[1]), text)
 
@@ -235,7 +235,8 @@ class _Search:
         pair = self._first(Effect.OTHER, None, setting, at, last)
         if pair is None:
             return None
-        text = f"with {key} {pair[0]} {words} (it is {at})"
+        words = self._and_on(Effect.OTHER, setting, pair, words)
+        text = f"with {key} {pair[0]}{words} (it is {at})"
         return self._told(Effect.OTHER, None, setting(pair[0]), setting(pair[1]), text)
 
     # How it is looked for
@@ -276,6 +277,16 @@ class _Search:
             else:
                 low = middle
         return high, low
+
+    def _and_on(
+        self, effect: Effect, setting: Callable[[int], str], pair: tuple[int, int], words: str
+    ) -> str:
+        """`words` where it is so far beyond as well: the mix may be again what it was, or another
+        may want to grow, and then only the spot is told."""
+        flips, keeps = pair
+        far = round(flips / 2) if flips < keeps else flips * 2
+        after = self._decide(setting(far)).target
+        return f" {words}" if has_effect(effect, None, self.there, self.before, after) else ""
 
     def _decide(self, setting: str) -> Decision:
         known = self.decided.get(setting)
