@@ -125,7 +125,7 @@ def test_a_lost_group_cuts_its_streams_and_gives_back_what_it_had_not_begun() ->
     assert run.times.cut.tolist() == [True, False]
     assert run.times.end_s[0] == pytest.approx(50.0)
     assert run.times.wait_s[1] > 4.0
-    notices = {view.now_s: view.notices for view in policy.views}
+    notices = {view.now_s: tuple(view.notices) for view in policy.views}
     assert notices[10.0] == ()
     assert notices[30.0] == (policy.views[0].groups[0].name,)
     assert notices[60.0] == ()

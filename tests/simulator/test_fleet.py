@@ -223,9 +223,9 @@ def test_larger_groups_carry_more() -> None:
 def test_lost_nodes_take_the_oldest_groups_after_a_notice() -> None:
     fleet = Fleet(scenario(spot((0.0, 1000.0), (3, 1)), initial_groups=(3,)))
     assert seen(fleet, 879.0) == []
-    assert fleet.notices() == ()
+    assert fleet.notices() == {}
     assert seen(fleet, 880.0) == [(880.0, "notice", f"em-s-spot-{n}") for n in (1, 2)]
-    assert fleet.notices() == ("em-s-spot-1", "em-s-spot-2")
+    assert fleet.notices() == {"em-s-spot-1": 1000.0, "em-s-spot-2": 1000.0}
     assert seen(fleet, 1000.0) == [(1000.0, "lost", f"em-s-spot-{n}") for n in (1, 2)]
     assert list(states(fleet)) == ["em-s-spot-3"]
     assert [v.state for v in fleet.views(1001.0, {})] == [READY, LOST, LOST]

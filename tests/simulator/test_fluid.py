@@ -234,7 +234,7 @@ def test_a_lost_zone_cuts_what_its_groups_served() -> None:
     spot = option("spot", 12.0, market=Market.SPOT, availability=zone)
     most = capacity()
     outcome, views = run(scenario(option(), spot, initial_groups=(1, 1)), load(*[most] * 100))
-    assert [view.notices for view in views[43:51]] == [(), *[("em-s-spot-2",)] * 6, ()]
+    assert [tuple(view.notices) for view in views[43:51]] == [(), *[("em-s-spot-2",)] * 6, ()]
     assert outcome.cut == pytest.approx(views[49].groups[-1].in_flight, rel=0.01)
     assert outcome.counts.lost == 1
     assert [group.state for group in views[50].groups] == [GroupState.READY, GroupState.LOST]

@@ -165,7 +165,7 @@ class CorePolicy:
             )
             if ready
             else None,
-            leaving_at_s=at_s if group.name in view.notices else None,
+            leaving_at_s=view.notices.get(group.name),
         )
 
     def _spec(self, name: str, option: int) -> GroupSpec:

@@ -152,8 +152,12 @@ class Fleet:
     def usd_per_hour(self) -> float:
         return float(self._rate_usd_per_hour)
 
-    def notices(self) -> tuple[str, ...]:
-        return tuple(group.name for group in self._groups.values() if _noticed(group))
+    def notices(self) -> Mapping[str, float]:
+        return {
+            group.name: group.taken_at_s
+            for group in self._groups.values()
+            if group.taken_at_s is not None
+        }
 
     def count(self, state: GroupState) -> tuple[int, ...]:
         """By option."""

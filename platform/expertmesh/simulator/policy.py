@@ -3,7 +3,8 @@
 The platform's own policy and the baselines see the same.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from expertmesh.core.domain.fleet import GroupState
@@ -42,8 +43,8 @@ class View:
     """Without those that are gone."""
     room: tuple[int, ...]
     """By option, groups that could be started now beside those that are there."""
-    notices: tuple[str, ...] = ()
-    """Groups whose spot nodes will be taken."""
+    notices: Mapping[str, float] = field(default_factory=dict)
+    """Groups whose spot nodes will be taken, and when."""
     queued: float = 0.0
     """Requests that wait in the gateway."""
     queued_prompt_tokens: float = 0.0
