@@ -255,7 +255,8 @@ def _gateway_text() -> Callable[[], bytes]:
 def _controller_text() -> Callable[[], bytes]:
     metrics = ControllerMetrics()
     share = EXPERTS // RANKS
-    metrics.saw_ranks(
+    pools = {f"em-model-{group % MODELS}-spot-{group}": "spot" for group in range(GROUPS)}
+    ranks = (
         RankInfo(
             f"em-model-{group % MODELS}-spot-{group}",
             f"model-{group % MODELS}",
@@ -270,6 +271,7 @@ def _controller_text() -> Callable[[], bytes]:
         for group in range(GROUPS)
         for rank in range(RANKS)
     )
+    metrics.saw_ranks(ranks, pools)
     return metrics.text
 
 

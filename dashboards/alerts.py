@@ -12,7 +12,8 @@ from expertmesh.telemetry import metrics
 from expertmesh.telemetry.metrics import Metric
 
 RUNBOOKS: Final = "docs/operations.md"
-"""Each alert has a section there, named as the alert."""
+"""Each alert has a section there, named as the alert. Where the documents are served is not known
+here: who serves them gives another base."""
 INTERVAL: Final = "30s"
 WINDOWS: Final = ("5m", "30m", "1h", "6h")
 
@@ -36,9 +37,8 @@ class Alert:
     description: str
     labels: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def runbook(self) -> str:
-        return f"{RUNBOOKS}#{self.name.lower()}"
+    def runbook(self, base: str = RUNBOOKS) -> str:
+        return f"{base}#{self.name.lower()}"
 
 
 def missed(window: str) -> str:
@@ -255,8 +255,8 @@ def alerts() -> tuple[Alert, ...]:
     )
 
 
-def rules() -> dict[str, Any]:
-    """The content of the file."""
+def rules(runbooks: str = RUNBOOKS) -> dict[str, Any]:
+    """The content of the file. `runbooks`: the page to whose sections alerts lead."""
     return {
         "groups": [
             {
@@ -267,13 +267,13 @@ def rules() -> dict[str, Any]:
             {
                 "name": "expertmesh-alerts",
                 "interval": INTERVAL,
-                "rules": [_alert(each) for each in alerts()],
+                "rules": [_alert(each, runbooks) for each in alerts()],
             },
         ]
     }
 
 
-def _alert(alert: Alert) -> dict[str, Any]:
+def _alert(alert: Alert, runbooks: str) -> dict[str, Any]:
     return {
         "alert": alert.name,
         "expr": alert.expr,
@@ -282,6 +282,6 @@ def _alert(alert: Alert) -> dict[str, Any]:
         "annotations": {
             "summary": alert.summary,
             "description": alert.description,
-            "runbook_url": alert.runbook,
+            "runbook_url": alert.runbook(runbooks),
         },
     }

@@ -39,6 +39,7 @@ def build() -> models.Dashboard:
         (
             ("Demand and capacity", _demand()),
             ("Decisions", _decisions()),
+            ("Hindsight", _hindsight()),
             ("Forecast and starts", _forecast()),
             ("Controller", _controller()),
         ),
@@ -81,9 +82,9 @@ def _demand() -> Panels:
             )
         ),
         lines(
-            "Hindsight: capacity above the load",
+            "Capacity above the load",
             "Groups that were ready beyond the load: spare on purpose, or held while starting "
-            "again would take longer. What a policy that knew the future would not have paid for.",
+            "again would take longer.",
             "none",
         )
         .span(12)
@@ -91,9 +92,8 @@ def _demand() -> Panels:
             query(f"sum by (model) (clamp_min({ready} - ignoring (part) {now}, 0))", "{{model}}")
         ),
         lines(
-            "Hindsight: load above the capacity",
-            "Groups that were missing. What a policy that knew the future would have started "
-            "earlier, where budget and pools allow.",
+            "Load above the capacity",
+            "Groups that were missing at that moment.",
             "none",
         )
         .span(12)
@@ -160,6 +160,111 @@ def _decisions() -> Panels:
             query(
                 f"sum by (model, action) ({series(metrics.CONTROLLER_ADVICE)})",
                 "{{model}} {{action}}",
+            )
+        ),
+    )
+
+
+def _hindsight() -> Panels:
+    def usd(part: str) -> str:
+        return f"max by (model) ({series(metrics.CONTROLLER_HINDSIGHT, part=part)})"
+
+    spent, least = usd("spent"), usd("least")
+    span = f"max by (model) ({series(metrics.CONTROLLER_HINDSIGHT_SPAN)})"
+    ends = f"max by (model) ({series(metrics.CONTROLLER_HINDSIGHT_TIME)})"
+    load_errors = lines(
+        "Load less the one expected",
+        "When a group asked for then could have been ready, of the last hour's decisions: below "
+        "zero too much was expected. Recomputed hourly; only where load is measured in tokens.",
+        "none",
+        signed=True,
+    ).span(6)
+    wait_errors = lines(
+        "Oldest wait less the one predicted",
+        "Of the last hour's decisions that predicted one; recomputed hourly.",
+        "s",
+        signed=True,
+    ).span(6)
+    for share in ("0.1", "0.5", "0.9"):
+        legend = f"{{{{model}}}} p{100 * float(share):.0f}"
+        load_errors.with_target(
+            query(
+                f"max by (model) ({series(metrics.CONTROLLER_LOAD_ERROR, quantile=share)})",
+                legend,
+            )
+        )
+        wait_errors.with_target(
+            query(
+                f"max by (model) ({series(metrics.CONTROLLER_WAIT_ERROR, quantile=share)})",
+                legend,
+            )
+        )
+    return (
+        number(
+            "Regret",
+            "Share of what groups have cost over the last day, or since the ledger began, that one "
+            "who knew all requests in advance would not have paid for the same work. It holds "
+            "nothing in hand for the unforeseen, so zero is out of reach. Recomputed hourly from "
+            "the ledger: groups only, at the prices and learned rates of now.",
+            "percentunit",
+        )
+        .height(8)
+        .span(4)
+        .with_target(query(f"1 - sum({least}) / (sum({spent}) > 0)", "of the cost")),
+        lines(
+            "Spent, and the least in hindsight",
+            "Cost of the groups over the last day, and of the cheapest sequence of fleets that "
+            "serves the same requests minute by minute, within the manifest's bounds, each start "
+            "paid for: by dynamic programming.",
+            "currencyUSD",
+        )
+        .span(8)
+        .with_target(query(spent, "{{model}} spent"))
+        .with_target(query(least, "{{model}} least")),
+        lines(
+            "Spent over the least",
+            "1 is as cheap as one who knew the future; less means that groups did more than their "
+            "learned rates say, or that fewer ran than the manifest wants. A model that stood idle "
+            "all day has none.",
+            "none",
+        )
+        .span(8)
+        .with_target(query(f"{spent} / ({least} > 0)", "{{model}}")),
+        lines(
+            "Time looked at, and its age",
+            "A day at most; less where the ledger is younger. The age grows until the next look.",
+            "s",
+        )
+        .span(4)
+        .with_target(query(span, "{{model}} looked at"))
+        .with_target(query(f"time() - {ends}", "{{model}} ended")),
+        load_errors,
+        lines(
+            "Load within what was kept ready",
+            "Share of the last hour's loads that the expected one and its spare carried, beside "
+            "the attainment that the manifest asks for.",
+            "percentunit",
+        )
+        .max(1)
+        .span(6)
+        .with_target(
+            query(f"max by (model) ({series(metrics.CONTROLLER_WITHIN_SPARE)})", "{{model}}")
+        )
+        .with_target(
+            query(f"max by (model) ({series(metrics.CONTROLLER_SLO)})", "{{model}} asked for")
+        ),
+        wait_errors,
+        lines(
+            "Starts over what was expected",
+            "Median time of the last hour's starts over the time expected of them; 1 is as "
+            "expected. Recomputed hourly.",
+            "none",
+        )
+        .span(6)
+        .with_target(
+            query(
+                f"max by (model, option) ({series(metrics.CONTROLLER_START_ERROR)})",
+                "{{model}} {{option}}",
             )
         ),
     )

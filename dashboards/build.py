@@ -1,6 +1,8 @@
 """Write dashboards and rules: `python -m dashboards.build` in the repository root."""
 
+import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -24,22 +26,30 @@ def to_json(dashboard: Dashboard) -> str:
     return str(JSONEncoder(sort_keys=True, indent=2).encode(dashboard)) + "\n"
 
 
-def rules_text() -> str:
-    text: str = yaml.safe_dump(alerts.rules(), sort_keys=False, width=100)
+def rules_text(runbooks: str = alerts.RUNBOOKS) -> str:
+    text: str = yaml.safe_dump(alerts.rules(runbooks), sort_keys=False, width=100)
     return f"# Written by python -m dashboards.build; change dashboards/alerts.py.\n{text}"
 
 
-def files() -> dict[Path, str]:
-    """All that is written, with the copies."""
+def files(runbooks: str = alerts.RUNBOOKS) -> dict[Path, str]:
+    """All that is written, with the copies. `runbooks`: the page to whose sections alerts lead."""
     made = {f"{name}.json": to_json(board) for name, board in dashboards().items()}
     written = {GENERATED / name: text for name, text in made.items()}
     written |= {CHART / "dashboards" / name: text for name, text in made.items()}
-    written |= {folder / "alerts.yaml": rules_text() for folder in (GENERATED, CHART)}
+    written |= {folder / "alerts.yaml": rules_text(runbooks) for folder in (GENERATED, CHART)}
     return written
 
 
-def main() -> None:
-    for path, text in files().items():
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--runbooks",
+        metavar="URL",
+        default=alerts.RUNBOOKS,
+        help="the page to whose sections alerts lead, by default %(default)s",
+    )
+    options = parser.parse_args(arguments)
+    for path, text in files(options.runbooks).items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         sys.stdout.write(f"wrote {path.relative_to(Path.cwd())}\n")

@@ -127,6 +127,9 @@ def _tokens() -> Panels:
     out_pool = f"sum by (model, pool) ({increase(metrics.GATEWAY_TOKENS, direction='out')})"
     spent_pool = f"sum by (model, pool) ({increase(metrics.CONTROLLER_SPEND)})"
     earned = f"sum by (model) ({increase(metrics.GATEWAY_REVENUE)})"
+    prices = f"max by (model, pool, direction) ({_provider_prices()})"
+    tokens = f"sum by (model, direction) ({increase(metrics.GATEWAY_TOKENS)})"
+    bill = f"sum by (model, pool) ({prices} * on (model, direction) group_left {tokens})"
     return (
         lines(
             "Cost of a million output tokens by model",
@@ -159,19 +162,25 @@ def _tokens() -> Panels:
         bars(
             "Earned, and the same at providers",
             "Tariff revenue of a million output tokens, their prompts included, in the time shown; "
-            "and what a million output tokens cost at each provider that the model may use.",
+            "and what the same tokens, prompts and cached ones too, would have cost at each "
+            "provider that the model may use.",
             USD,
         )
         .span(8)
         .with_target(query(f"1e6 * {earned} / {out}", "{{model}} tariff", instant=True))
         .with_target(
             query(
-                series(metrics.CONTROLLER_EXTERNAL_PRICE, direction="out"),
+                f"{bill} / on (model) group_left {out}",
                 "{{model}} at {{pool}}",
                 instant=True,
             )
         ),
     )
+
+
+def _provider_prices() -> str:
+    """Of a million tokens; of all providers, whichever pools are chosen."""
+    return series(metrics.CONTROLLER_EXTERNAL_PRICE, pool="~.*")
 
 
 def _tenants() -> Panels:

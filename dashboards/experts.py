@@ -7,7 +7,9 @@ from grafana_foundation_sdk.models import dashboard as models
 from dashboards.alerts import CACHED
 from dashboards.panels import Panels, bars, board, finished, lines, query
 from dashboards.queries import increase, rate, recorded, series
-from expertmesh.telemetry import metrics
+from expertmesh.telemetry import metrics, ray_metrics
+
+_COUNTED = " Counted by CPU workers alone: vLLM exports no tokens by expert for GPUs."
 
 
 def build() -> models.Dashboard:
@@ -16,7 +18,7 @@ def build() -> models.Dashboard:
         "experts",
         "Balance over experts, layers and ranks; batches, KV cache and preemptions of all groups.",
     )
-    return finished(made, (("Balance", _balance()), ("Engines", _engines())))
+    return finished(made, (("Balance", _balance()), ("Engines", _engines()), ("Nodes", _nodes())))
 
 
 def _balance() -> Panels:
@@ -26,7 +28,7 @@ def _balance() -> Panels:
     return (
         lines(
             "Expert imbalance by group",
-            "Tokens of the busiest expert over the mean of all experts: 1 is even.",
+            "Tokens of the busiest expert over the mean of all experts: 1 is even." + _COUNTED,
             "none",
         )
         .span(8)
@@ -39,7 +41,7 @@ def _balance() -> Panels:
         lines(
             "Layer imbalance by group",
             "The same within one layer, which is what a step waits for: the worst layer and the "
-            "mean of all layers, over the last minute.",
+            "mean of all layers, over the last minute." + _COUNTED,
             "none",
         )
         .span(8)
@@ -47,7 +49,7 @@ def _balance() -> Panels:
         .with_target(query(f"avg by (group) ({layers})", "{{group}} mean")),
         lines(
             "Rank imbalance by group",
-            "Tokens for the experts of the busiest rank over the mean of the ranks.",
+            "Tokens for the experts of the busiest rank over the mean of the ranks." + _COUNTED,
             "none",
         )
         .span(8)
@@ -60,14 +62,15 @@ def _balance() -> Panels:
         bars(
             "Imbalance by layer",
             "Tokens of each layer's busiest expert over the mean of its experts; the mean of the "
-            "groups.",
+            "groups." + _COUNTED,
             "none",
         )
         .span(8)
         .with_target(query(f"avg by (layer) ({layers})", "layer {{layer}}", instant=True)),
         bars(
             "Tokens by expert",
-            "Share of the time shown's tokens that each expert was given, all groups together.",
+            "Share of the time shown's tokens that each expert was given, all groups together."
+            + _COUNTED,
             "percentunit",
         )
         .orientation(common.VizOrientation.VERTICAL)
@@ -83,7 +86,7 @@ def _balance() -> Panels:
         bars(
             "Experts by share of the mean",
             "How many experts of all groups get at most a quarter, half, the mean, twice and four "
-            "times of what the mean expert of their group gets.",
+            "times of what the mean expert of their group gets." + _COUNTED,
             "short",
         )
         .span(8)
@@ -95,7 +98,7 @@ def _balance() -> Panels:
         lines(
             "Dispatched to experts",
             "Tokens each second that the all-to-all exchange takes to the experts of each group's "
-            "ranks, over all layers; each counts once for each expert it goes to.",
+            "ranks, over all layers; each counts once for each expert it goes to." + _COUNTED,
             "suffix:tokens/s",
         )
         .span(24)
@@ -144,4 +147,60 @@ def _engines() -> Panels:
         .with_target(
             query(f"sum by (group) ({rate(metrics.GROUP_TOKENS, direction='out')})", "{{group}}")
         ),
+    )
+
+
+def _nodes() -> Panels:
+    def of(metric: metrics.Metric, by: str = "max") -> str:
+        return f"{by} by (instance) ({series(metric)})"
+
+    used, free = (
+        of(ray_metrics.NODE_GPU_MEMORY_USED, "sum"),
+        of(ray_metrics.NODE_GPU_MEMORY_FREE, "sum"),
+    )
+    return (
+        lines(
+            "Processors",
+            "Of each Ray node, as Ray itself tells. Nodes of one machine tell that machine's.",
+            "percent",
+        )
+        .max(100)
+        .span(8)
+        .with_target(query(of(ray_metrics.NODE_CPU), "{{instance}}")),
+        lines(
+            "Memory in use", "Share of each Ray node's memory, as Ray itself tells.", "percentunit"
+        )
+        .max(1)
+        .span(8)
+        .with_target(
+            query(
+                f"{of(ray_metrics.NODE_MEMORY_USED)} / {of(ray_metrics.NODE_MEMORY)}",
+                "{{instance}}",
+            )
+        ),
+        lines(
+            "Network of nodes",
+            "What each Ray node's network cards carry: of groups over several nodes also the "
+            "all-to-all exchange, unless it goes by RDMA, which the kernel does not count.",
+            "Bps",
+        )
+        .span(8)
+        .with_target(query(of(ray_metrics.NODE_SENDS), "{{instance}} sent"))
+        .with_target(query(of(ray_metrics.NODE_RECEIVES), "{{instance}} received")),
+        lines(
+            "Accelerators",
+            "Mean over the accelerators of each Ray node; nodes without one are not shown.",
+            "percent",
+        )
+        .max(100)
+        .span(12)
+        .with_target(query(of(ray_metrics.NODE_GPU, "avg"), "{{instance}}")),
+        lines(
+            "Accelerators' memory in use",
+            "Share of all accelerators' memory of each Ray node; nodes without one are not shown.",
+            "percentunit",
+        )
+        .max(1)
+        .span(12)
+        .with_target(query(f"{used} / ({used} + {free})", "{{instance}}")),
     )

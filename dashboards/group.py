@@ -68,7 +68,11 @@ def _load() -> Panels:
 
 def _experts() -> Panels:
     return (
-        lines("Tokens by rank", "Routed to the experts of each rank, each second.", "short")
+        lines(
+            "Tokens by rank",
+            "Routed to the experts of each rank, each second; counted by CPU workers alone.",
+            "short",
+        )
         .span(12)
         .with_target(
             query(
@@ -76,10 +80,18 @@ def _experts() -> Panels:
                 "{{group}} rank {{rank}}",
             )
         ),
-        lines("Layer imbalance", "Of each layer: busiest expert over the mean.", "none")
+        lines(
+            "Layer imbalance",
+            "Of each layer: busiest expert over the mean; counted by CPU workers alone.",
+            "none",
+        )
         .span(12)
         .with_target(query(_of(metrics.LAYER_IMBALANCE), "{{group}} layer {{layer}}")),
-        bars("Tokens by expert", "Routed to each expert in the time shown.", "short")
+        bars(
+            "Tokens by expert",
+            "Routed to each expert in the time shown; counted by CPU workers alone.",
+            "short",
+        )
         .orientation(common.VizOrientation.VERTICAL)
         .span(24)
         .with_target(

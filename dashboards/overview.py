@@ -152,7 +152,7 @@ def _experts() -> Panels:
         lines(
             "Expert imbalance by group",
             "Tokens of the busiest expert over the mean of all experts: 1 is even, and the number "
-            "of experts means that one does all the work.",
+            "of experts means that one does all the work. Counted by CPU workers alone.",
             "none",
         )
         .span(12)
@@ -164,7 +164,8 @@ def _experts() -> Panels:
         ),
         bars(
             "Tokens by expert",
-            "Share of the time shown's tokens that each expert was given, all groups together.",
+            "Share of the time shown's tokens that each expert was given, all groups together. "
+            "Counted by CPU workers alone.",
             "percentunit",
         )
         .orientation(common.VizOrientation.VERTICAL)

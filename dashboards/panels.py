@@ -102,13 +102,13 @@ def choice(label: str, title: str, metric: Metric) -> QueryVariable:
     )
 
 
-def lines(title: str, description: str, unit: str) -> timeseries.Panel:
-    return (
+def lines(title: str, description: str, unit: str, *, signed: bool = False) -> timeseries.Panel:
+    """From zero on, unless its values are `signed`."""
+    panel = (
         timeseries.Panel()
         .title(title)
         .description(description)
         .unit(unit)
-        .min(0)
         .datasource(DATASOURCE)
         .height(8)
         .fill_opacity(5)
@@ -121,6 +121,7 @@ def lines(title: str, description: str, unit: str) -> timeseries.Panel:
             .placement(common.LegendPlacement.BOTTOM)
         )
     )
+    return panel if signed else panel.min(0)
 
 
 def stacked(panel: timeseries.Panel) -> timeseries.Panel:

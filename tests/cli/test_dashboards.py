@@ -1,6 +1,10 @@
 """`expertmesh dashboards push` against a mock of the endpoints that it uses, not a Grafana."""
 
 import json
+import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +46,7 @@ def test_everything_is_set_up_and_a_second_run_writes_nothing(grafana: GrafanaSt
     assert (source["type"], source["url"]) == ("prometheus", "http://prometheus:9090")
     (contact,) = grafana.contacts.values()
     assert (contact["type"], contact["settings"]) == ("email", {"addresses": "ops@example.com"})
+    assert contact["provenance"] == "", "people may change it in Grafana"
     grafana.writes.clear()
     second = push(grafana, "--yes", *ALL)
     assert second.exit_code == 0 and "all is as it should be" in second.output
@@ -61,6 +66,23 @@ def test_only_what_differs_is_shown_and_written(grafana: GrafanaState) -> None:
     assert '-    "addresses": "old@example.com"' in shown
     assert len(grafana.writes) == 3
     assert grafana.dashboards["expertmesh-cost"]["dashboard"]["version"] == 2
+    (contact,) = grafana.contacts.values()
+    assert contact["provenance"] == "" and contact["settings"]["addresses"] == "ops@example.com"
+
+
+def test_a_panel_that_was_added_or_taken_away_by_hand_is_a_difference(
+    grafana: GrafanaState,
+) -> None:
+    push(grafana, "--yes", *ALL)
+    grafana.writes.clear()
+    panels = grafana.dashboards["expertmesh-cost"]["dashboard"]["panels"]
+    taken = panels.pop()
+    assert "changed: dashboard expertmesh-cost" in push(grafana, "--dry-run", *ALL).output
+    panels += [taken, taken]
+    assert "changed: dashboard expertmesh-cost" in push(grafana, "--yes", *ALL).output
+    assert grafana.writes == ["POST /api/dashboards/db"]
+    del grafana.dashboards["expertmesh-cost"]["dashboard"]["panels"][0]["title"]
+    assert "changed: dashboard expertmesh-cost" in push(grafana, "--yes", *ALL).output
 
 
 def test_a_dry_run_and_a_no_write_nothing(grafana: GrafanaState) -> None:
@@ -137,6 +159,33 @@ def test_a_folder_without_dashboards_and_a_broken_one_are_refused(
     broken = push(grafana, "--from", str(tmp_path))
     assert broken.exit_code == 2 and "a.json: is no dashboard" in broken.output
     assert grafana.writes == []
+
+
+def test_build_writes_everything_and_leads_alerts_to_your_runbooks(tmp_path: Path) -> None:
+    shutil.copytree(GENERATED.parent, tmp_path / "dashboards", ignore=_not_the_generated)
+    program = Path(sys.executable).with_name("expertmesh")
+
+    def build(*options: str) -> str:
+        done = subprocess.run(
+            [program, "dashboards", "build", *options], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    shown = build()
+    assert "wrote dashboards/generated/cost.json" in shown
+    for path in GENERATED.iterdir():
+        made = tmp_path / "dashboards/generated" / path.name
+        assert made.read_text() == path.read_text(), path.name
+    build("--runbooks", "https://docs.example.com/operations")
+    rules = (tmp_path / "helm/expertmesh/files/alerts.yaml").read_text()
+    urls = re.findall(r"runbook_url: (\S+)", rules)
+    assert len(urls) >= 10
+    assert all(re.fullmatch(r"https://docs.example.com/operations#expertmesh\w+", u) for u in urls)
+
+
+def _not_the_generated(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if name in ("generated", "__pycache__")]
 
 
 def test_build_needs_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,8 @@ def test_a_pipe_gets_it_once_and_plain() -> None:
     for group in stand.view.shown.groups:
         line = rows[group.name]
         assert group.state in line and f"{group.usd_per_hour:.2f}" in line
+    (past,) = (line for line in lines if "24.0 h" in line)
+    assert past.split() == [QWEN, "24.0", "h", "$1,743.36", "$1,210.10"]
     assert "ready in about 140 s" in rows[f"em-{QWEN}-h200-spot-5"]
     assert "5/8" in rows["h200-od"] and "18.16" in rows["h200-od"]
     assert "812" in rows and f"start em-{QWEN}-h200-spot-5" in rows["812"]

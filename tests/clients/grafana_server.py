@@ -1,6 +1,7 @@
 """A server with those endpoints of Grafana's HTTP API that are used: our own mock, no Grafana.
 
-It keeps what it is sent as Grafana does: dashboards get an id and a version, folders a uid.
+It keeps what it is sent as Grafana does: dashboards get an id and a version and are brought to its
+own form, folders get a uid, and a contact point belongs to this API unless a header says otherwise.
 """
 
 import json
@@ -33,7 +34,9 @@ class GrafanaState:
         known = {"/api/folders": self.folders, "/api/datasources/uid": self.data_sources}
         return known.get(kind, {}).get(uid)
 
-    def write(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    def write(
+        self, method: str, path: str, body: dict[str, Any], provenance: str
+    ) -> tuple[int, Any]:
         self.writes.append(f"{method} {path}")
         if self.refuse_writes:
             return self.refuse_writes, {"message": "refused"}
@@ -44,12 +47,15 @@ class GrafanaState:
             case "PUT", "/api/datasources/uid":
                 self.data_sources[uid] = body
             case "PUT", "/api/v1/provisioning/contact-points":
-                self.contacts[uid] = body
+                if self.contacts[uid]["provenance"] not in ("", provenance):
+                    return 409, {"message": "cannot change provenance"}
+                self.contacts[uid] = {**body, "provenance": provenance}
+                return 202, {"message": "contactpoint updated"}
             case _:
                 return 404, {"message": f"{method} {path}: not found"}
         return 200, {}
 
-    def create(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+    def create(self, path: str, body: dict[str, Any], provenance: str) -> tuple[int, Any]:
         self.writes.append(f"POST {path}")
         if self.refuse_writes:
             return self.refuse_writes, {"message": "refused"}
@@ -64,14 +70,21 @@ class GrafanaState:
             version = self.dashboards.get(uid, {"dashboard": {"version": 0}})["dashboard"][
                 "version"
             ]
-            stored = {**body["dashboard"], "id": 7, "version": version + 1}
+            stored = _in_its_form({**body["dashboard"], "id": 7, "version": version + 1})
             meta = {"folderUid": body["folderUid"]}
             self.dashboards[uid] = {"dashboard": stored, "meta": meta}
         elif path == "/api/v1/provisioning/contact-points":
-            self.contacts[body["uid"]] = {**body, "provenance": ""}
+            self.contacts[body["uid"]] = {**body, "provenance": provenance}
+            return 202, self.contacts[body["uid"]]
         else:
             return 404, {"message": f"POST {path}: not found"}
         return 200, {}
+
+
+def _in_its_form(dashboard: dict[str, Any]) -> dict[str, Any]:
+    """As newer releases do, that add what is theirs."""
+    panels = [{**panel, "pluginVersion": "12.0.0"} for panel in dashboard["panels"]]
+    return {**dashboard, "panels": panels, "schemaVersion": 42, "preload": False}
 
 
 @contextmanager
@@ -89,11 +102,14 @@ def grafana_server() -> Iterator[GrafanaState]:
 
         def do_POST(self) -> None:
             if self._may():
-                self._answer(*state.create(self.path, self._body()))
+                self._answer(*state.create(self.path, self._body(), self._provenance()))
 
         def do_PUT(self) -> None:
             if self._may():
-                self._answer(*state.write("PUT", self.path, self._body()))
+                self._answer(*state.write("PUT", self.path, self._body(), self._provenance()))
+
+        def _provenance(self) -> str:
+            return "" if self.headers["X-Disable-Provenance"] == "true" else "api"
 
         def _may(self) -> bool:
             if self.headers["Authorization"] == f"Bearer {TOKEN}":

@@ -7,6 +7,7 @@ from typing import Any
 from expertmesh.controller.picture import (
     ExpertHeat,
     GroupShown,
+    HindsightShown,
     ModelShown,
     NodeShown,
     Picture,
@@ -144,6 +145,7 @@ def busy_view() -> FakeView:
             ttft_s=2.31,
             tpot_s=0.041,
             target={"h200-od/t1d16e16": 2, "h200-spot/t1d16e16": 1},
+            hindsight=HindsightShown(NOW_S - 180, 86_400.0, 1_743.36, 1_210.1),
         ),
         ModelShown(
             *(OSS, "advise", 0, 4, None, 1.0, 0.03, NOW_S - 0.4),
@@ -163,6 +165,7 @@ def busy_view() -> FakeView:
             ttft_s=0.38,
             tpot_s=0.019,
             target={"l40s/t4d1e4": 1},
+            hindsight=HindsightShown(NOW_S - 180, 43_200.0, 100.0, 90.15),
         ),
     )
     heat = {g.name: _heat(g, 128) for g in groups if g.state in ("ready", "draining")}

@@ -72,6 +72,8 @@ async def test_an_empty_system(browser: Browser, stand: Stand, tmp_path: Path) -
         assert await look.text("#tile-groups .value") == "0 / 0"
         assert await look.text("#tile-cost-now .value") == "$1.50"
         assert await look.text("#tile-ttft .value") == NOTHING
+        row = await look.page.locator("#model-rows tr > *").all_inner_texts()
+        assert row[-2:] == [NOTHING, "load"], "there is nothing to look back on"
         assert await look.page.locator(".cell[data-state=free]").count() == 4
         assert await look.text("#decisions-empty") == "No decision yet."
         await _picture(look, "empty", tmp_path)
@@ -122,8 +124,10 @@ async def test_a_busy_system_shows_what_the_api_says(
         row = await look.page.locator(f"tr[data-model='{QWEN}'] > *").all_inner_texts()
         assert row == [
             *(QWEN, "2 / 3", "2.61 / 2.02", "214", "487", "4.2 s", "2.31 s / 2.00 s"),
-            *("41 ms / 50 ms", "$90.24 / $120.00", "load"),
+            *("41 ms / 50 ms", "$90.24 / $120.00", "$1,743.36 / $1,210.10", "load"),
         ]
+        past = look.page.locator(f"tr[data-model='{QWEN}'] > [title='over 24 h']")
+        assert await past.inner_text() == "$1,743.36 / $1,210.10"
         assert f"{OSS} (advise)" in await look.text("#model-rows")
         seqs = await look.page.locator(".decision").evaluate_all(
             "all => all.map(one => Number(one.dataset.seq))"

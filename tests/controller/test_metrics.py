@@ -36,6 +36,7 @@ from expertmesh.store.report import UsageCells
 
 NOW_S = 100_000.0
 GROUP = "em-tiny-cheap-1"
+POOLS = {GROUP: "cheap"}
 
 
 def rank(index: int, tokens: dict[str, int]) -> RankInfo:
@@ -50,24 +51,35 @@ def counted(metrics: ControllerMetrics) -> dict[str, float]:
 
 def test_each_look_adds_what_is_new() -> None:
     metrics = ControllerMetrics()
-    metrics.saw_ranks([rank(0, {"0": 10, "1": 5}), rank(1, {"2": 7})])
-    metrics.saw_ranks([rank(0, {"0": 12, "1": 5}), None])
+    metrics.saw_ranks([rank(0, {"0": 10, "1": 5}), rank(1, {"2": 7})], POOLS)
+    metrics.saw_ranks([rank(0, {"0": 12, "1": 5}), None], POOLS)
     assert counted(metrics) == {"0": 12, "1": 5, "2": 7}
 
 
 def test_a_rank_that_was_not_seen_for_a_while_is_not_counted_twice() -> None:
     metrics = ControllerMetrics()
-    metrics.saw_ranks([rank(0, {"0": 10})])
-    metrics.saw_ranks([None])
-    metrics.saw_ranks([rank(0, {"0": 11})])
+    metrics.saw_ranks([rank(0, {"0": 10})], POOLS)
+    metrics.saw_ranks([None], POOLS)
+    metrics.saw_ranks([rank(0, {"0": 11})], POOLS)
     assert counted(metrics) == {"0": 11}
 
 
 def test_a_restarted_rank_goes_on_from_where_it_was() -> None:
     metrics = ControllerMetrics()
-    metrics.saw_ranks([rank(0, {"0": 10, "1": 8})])
-    metrics.saw_ranks([rank(0, {"0": 3, "1": 9})])
+    metrics.saw_ranks([rank(0, {"0": 10, "1": 8})], POOLS)
+    metrics.saw_ranks([rank(0, {"0": 3, "1": 9})], POOLS)
     assert counted(metrics) == {"0": 13, "1": 17}
+
+
+def test_experts_are_counted_by_model_pool_and_group_of_known_groups() -> None:
+    metrics = ControllerMetrics()
+    metrics.saw_ranks([rank(1, {"0": 10})], {"em-other-1": "dear"})
+    assert counted(metrics) == {}
+    metrics.saw_ranks([rank(1, {"0": 10})], POOLS)
+    found = values(metrics)
+    labels = f'model="tiny",pool="cheap",group="{GROUP}"'
+    assert found[f'em_expert_tokens_total{{{labels},expert="0"}}'] == 10
+    assert found[f'em_rank_expert_tokens_total{{{labels},rank="1"}}'] == 10
 
 
 def values(metrics: ControllerMetrics) -> dict[str, float]:
@@ -206,7 +218,7 @@ def test_engines_figures_go_when_their_group_goes() -> None:
         layers={"0": (10, 12, 2)},
     )
     other = replace(info, rank=1, layers={"0": (4, 8, 2)})
-    metrics.saw_ranks([info, other])
+    metrics.saw_ranks([info, other], POOLS)
     metrics.saw_loads([record()], {GROUP: GroupLoad(running=3, waiting=1, kv_usage=0.5)})
     found = values(metrics)
     labels = f'model="tiny",pool="cheap",group="{GROUP}"'
@@ -216,7 +228,7 @@ def test_engines_figures_go_when_their_group_goes() -> None:
     assert found[f"em_group_running_requests{{{labels}}}"] == 3
     assert found[f"em_group_kv_use_ratio{{{labels}}}"] == 0.5
     # Ten of the busiest of four experts that have twenty together.
-    layer = f'em_expert_layer_imbalance_ratio{{model="tiny",group="{GROUP}",layer="0"}}'
+    layer = f'em_expert_layer_imbalance_ratio{{{labels},layer="0"}}'
     assert found[layer] == pytest.approx(2.0)
     assert found['em_controller_failing_step{step="capacity ledger"}'] == 3
     metrics.turned({"tiny": ModelState()}, {}, NOW_S + 1, 0.01)

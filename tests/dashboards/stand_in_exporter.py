@@ -1,4 +1,4 @@
-"""Stands in for a gateway and a controller under load: serves every metric of telemetry.metrics.
+"""Stands in for a gateway, a controller and a Ray node under load: serves every metric of theirs.
 
 The values move as those of two models on two pools might. Run as a program, it prints its port; it
 wants the token of the environment variable EXPERTMESH_MESH_TOKEN, as the real ones do.
@@ -13,6 +13,7 @@ from itertools import product
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from expertmesh.telemetry import ray_metrics
 from expertmesh.telemetry.metrics import ALL, Metric
 
 TICK_S = 0.2
@@ -30,7 +31,9 @@ LABEL_VALUES = {
     "part": (
         *("now", "expected", "spare", "needed", "held", "ready", "coming"),
         *("attributed", "idle", "starting", "draining", "idle_nodes"),
+        *("spent", "least"),
     ),
+    "quantile": ("0.1", "0.5", "0.9"),
     "option": ("cpu-small/t1d2e2", "cpu-large/t1d2e2"),
     "before": ("", "starting", "ready"),
     "after": ("starting", "ready", "lost"),
@@ -94,7 +97,7 @@ class MetricsHandler(BaseHTTPRequestHandler):
 def main() -> None:
     registry = CollectorRegistry()
     chance = random.Random(20)
-    metrics = [LivelyMetric(metric, registry, chance) for metric in ALL]
+    metrics = [LivelyMetric(metric, registry, chance) for metric in (*ALL, *ray_metrics.ALL)]
 
     class Handler(MetricsHandler):
         pass

@@ -458,7 +458,7 @@ def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not()
 @pytest.mark.parametrize("alert", alerts(), ids=list(ALERTS))
 def test_every_alert_leads_to_its_section_of_the_runbook(alert: Alert) -> None:
     assert f"\n### {alert.name}\n" in RUNBOOK
-    assert alert.runbook == f"docs/operations.md#{alert.name.lower()}"
+    assert alert.runbook() == f"docs/operations.md#{alert.name.lower()}"
     assert alert.severity in ("page", "ticket")
     assert alert.summary and alert.description.endswith(".")
 

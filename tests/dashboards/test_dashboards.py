@@ -10,7 +10,7 @@ from dashboards.build import GENERATED, dashboards, to_json
 from dashboards.queries import flat_panels, label_values, panel_queries, queries, series
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from expertmesh.telemetry import metrics
+from expertmesh.telemetry import metrics, ray_metrics
 
 BOARDS = dashboards()
 SUFFIXES = {"histogram": ("_bucket", "_count")}
@@ -19,6 +19,7 @@ EXPORTED = {
     for metric in metrics.ALL
     for suffix in SUFFIXES.get(metric.kind, ("",))
 }
+RAY = {metric.name for metric in ray_metrics.ALL}
 RECORDED = {each.record for each in recordings()}
 
 
@@ -74,14 +75,14 @@ def test_panels_fill_the_grid_and_do_not_overlap(board: Dashboard) -> None:
 def asked_of(expression: str) -> set[str]:
     recorded = set(re.findall(r"\b\w+:em_\w+:\w+", expression))
     assert recorded <= RECORDED, expression
-    return set(re.findall(r"(?<![:\w])em_\w+", expression)) | recorded
+    return set(re.findall(r"(?<![:\w])(?:em|ray)_\w+", expression)) | recorded
 
 
 def test_every_query_asks_for_metrics_that_are_exported(board: Dashboard) -> None:
     for expression in queries(board):
         asked = asked_of(expression)
         assert asked
-        assert asked <= EXPORTED | RECORDED, expression
+        assert asked <= EXPORTED | RECORDED | RAY, expression
 
 
 def test_every_metric_is_shown_or_guarded() -> None:
@@ -92,6 +93,7 @@ def test_every_metric_is_shown_or_guarded() -> None:
     # A term is told by the log, and the time of the ledger's count by its own age.
     known = {"em_controller_term", "em_controller_ledger_timestamp_seconds"}
     assert {metric.name for metric in metrics.ALL} - unused == known
+    assert asked >= RAY
 
 
 def test_queries_are_whole_and_their_variables_filled_in(board: Dashboard) -> None:
@@ -105,6 +107,19 @@ def test_queries_are_whole_and_their_variables_filled_in(board: Dashboard) -> No
     assert any("[7s]" in query.expression for query in windows)
     asks_for_range = any("$__range" in t.expr for p in flat_panels(board) for t in p.targets)
     assert any("[9m]" in query.expression for query in windows) is asks_for_range
+
+
+def test_every_number_about_experts_says_who_counts_them() -> None:
+    names = ("em_expert_", "em_rank_expert_")
+    counted = [
+        panel
+        for board in BOARDS.values()
+        for panel in flat_panels(board)
+        if any(name in target.expr for target in panel.targets for name in names)
+    ]
+    assert len(counted) >= 10
+    for panel in counted:
+        assert "ounted by CPU workers alone" in panel.description, panel.title
 
 
 def test_every_board_leads_to_the_others(board: Dashboard) -> None:

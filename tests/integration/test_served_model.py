@@ -470,7 +470,11 @@ async def test_what_is_shown_is_what_clients_saw_and_what_the_ledger_holds(
             by_part = {each["metric"]["part"]: float(each["value"][1]) for each in past}
             (ends,) = server.samples("em_controller_hindsight_timestamp_seconds")
             until_s = float(ends["value"][1])
-            by_report, _ = asyncio.run(_cost(system.state.store_url, until_s, until_s, MODEL))
+            (span,) = server.samples("em_controller_hindsight_span_seconds")
+            since_s = until_s - float(span["value"][1])
+            by_report, _ = asyncio.run(
+                _cost(system.state.store_url, until_s, until_s, since_s=since_s, model=MODEL)
+            )
             assert by_part["spent"] == pytest.approx(by_report, rel=0.02)
             assert 0 < by_part["least"] <= by_part["spent"]
 
@@ -478,14 +482,19 @@ async def test_what_is_shown_is_what_clients_saw_and_what_the_ledger_holds(
 
 
 async def _cost(
-    store_url: str, until_s: float, now_s: float, model: str | None = None
+    store_url: str,
+    until_s: float,
+    now_s: float,
+    *,
+    since_s: float | None = None,
+    model: str | None = None,
 ) -> tuple[float, float]:
     """By the ledger's report until then, of all or of one model's groups, and of the groups that
     are held until now."""
     database = await open_database(store_url)
     try:
         ledger = Ledger(database)
-        rows = (await usage_cells(ledger, None, until_s)).grouped(By.MODEL).rows
+        rows = (await usage_cells(ledger, since_s, until_s)).grouped(By.MODEL).rows
         chosen = rows.values() if model is None else [rows[model]]
         report = sum(row.capacity_nano_usd for row in chosen) / 1e9
         held = sum(

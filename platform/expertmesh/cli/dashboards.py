@@ -2,7 +2,8 @@
 
 import json
 import os
-import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -24,11 +25,24 @@ dashboards_app = typer.Typer(
 
 
 @dashboards_app.command()
-def build() -> None:
+def build(
+    runbooks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Of docs/operations.md as your people read it: alerts lead to its sections.",
+        ),
+    ] = None,
+) -> None:
     """Write the JSON and the rules anew, in a copy of the repository."""
     if not Path("dashboards/build.py").is_file():
         _fail("dashboards/build.py is not here; run this in the root of the repository")
-    runpy.run_module("dashboards.build", run_name="__main__")
+    # Its modules are found from where it runs; this program's own path does not hold them.
+    command = [sys.executable, "-m", "dashboards.build"]
+    command += [] if runbooks is None else ["--runbooks", runbooks]
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise typer.Exit(code)
 
 
 @dashboards_app.command()

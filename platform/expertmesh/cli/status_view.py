@@ -30,6 +30,7 @@ def render_status(overview: Overview, note: str = "", silent_s: float | None = N
     ]
     if picture is not None:
         parts += [_pools(picture), _groups(picture, state.at_s), _models(picture)]
+        parts += _hindsight(picture)
     elif state.leads:
         parts.append(Text("no decision has been made yet", style="yellow"))
     parts.append(_decisions(overview.decisions))
@@ -140,6 +141,21 @@ def _models(picture: Picture) -> Table:
             _why(model),
         )
     return table
+
+
+def _hindsight(picture: Picture) -> list[RenderableType]:
+    known = [(model.name, model.hindsight) for model in picture.models if model.hindsight]
+    if not known:
+        return []
+    table = _table(
+        "in hindsight",
+        *("model", "over", "spent", "the least for the same work"),
+        right=("over", "spent", "the least for the same work"),
+    )
+    for name, past in known:
+        hours = past.span_s / 3600.0
+        table.add_row(name, f"{hours:.1f} h", f"${past.spent_usd:,.2f}", f"${past.least_usd:,.2f}")
+    return [table]
 
 
 def _why(model: ModelShown) -> str:

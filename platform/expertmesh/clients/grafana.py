@@ -23,8 +23,11 @@ from expertmesh.errors import SetupError, UpstreamUnavailable
 
 TIMEOUT_S: Final = 10.0
 _CONTACT_UID: Final = "expertmesh-contact"
-_NOT_OURS: Final = ("id", "version")
-"""Keys of a dashboard that Grafana counts by itself."""
+_NOT_OURS: Final = ("id", "version", "schemaVersion")
+"""Keys of a dashboard that Grafana counts by itself, or raises when it brings an old form to its
+own."""
+_EDITABLE: Final = {"X-Disable-Provenance": "true"}
+"""What is written stays open to changes by hand; without it only this API could change it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +155,10 @@ class Grafana:
         there = self._read(lambda: self._api.dashboard.get_dashboard(uid))
         known = None
         if there is not None:
-            known = {"folder": there.get("meta", {}).get("folderUid", ""), **_ours(there)}
+            found = _ours(_without(there["dashboard"]), _without(wanted))
+            known = {"folder": there.get("meta", {}).get("folderUid", ""), **found}
         body = {
-            "dashboard": {**_without(wanted), "id": None},
+            "dashboard": {**wanted, "id": None},
             "folderUid": folder,
             "overwrite": True,
             "message": "expertmesh dashboards push",
@@ -188,7 +192,9 @@ class Grafana:
             lambda: (
                 api.create_contactpoint(body, disable_provenance=True)
                 if there is None
-                else api.update_contactpoint(_CONTACT_UID, body)
+                else self._api.client.PUT(
+                    f"/v1/provisioning/contact-points/{_CONTACT_UID}", json=body, headers=_EDITABLE
+                )
             ),
         )
 
@@ -236,8 +242,13 @@ def _lines(content: Mapping[str, Any] | None) -> list[str]:
     return [] if content is None else json.dumps(content, indent=2, sort_keys=True).splitlines()
 
 
-def _ours(there: Mapping[str, Any]) -> dict[str, Any]:
-    return _without(there["dashboard"])
+def _ours(there: Any, wanted: Any) -> Any:
+    """What is there, less the keys that nobody has asked for: Grafana adds some of its own."""
+    if isinstance(there, dict) and isinstance(wanted, Mapping):
+        return {name: _ours(value, wanted[name]) for name, value in there.items() if name in wanted}
+    if isinstance(there, list) and isinstance(wanted, list) and len(there) == len(wanted):
+        return [_ours(one, other) for one, other in zip(there, wanted, strict=True)]
+    return there
 
 
 def _without(dashboard: Mapping[str, Any]) -> dict[str, Any]:

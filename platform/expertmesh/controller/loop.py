@@ -20,6 +20,7 @@ from expertmesh.controller.health import StepHealth
 from expertmesh.controller.holds import CapacityKeeper, CapacityLedger, option_rates
 from expertmesh.controller.journal import QUIET_S, DecisionJournal, JournalStore
 from expertmesh.controller.loads import EngineLoads, group_loads, groups_doing
+from expertmesh.controller.lookback import Lookback, ReadServed
 from expertmesh.controller.metrics import ControllerMetrics
 from expertmesh.controller.money import MoneyCounter, ReadUsage
 from expertmesh.controller.observe import (
@@ -76,6 +77,8 @@ class ControllerParts:
     notices: SpotNotices | None = None
     usage: ReadUsage | None = None
     """The ledger's report, for metrics; None: they hold no cost by the ledger."""
+    served: ReadServed | None = None
+    """What groups were given to do, for hindsight; None: there is none."""
     writer: ServeWriter | None = None
     """Where the wanted groups are written, if not through `serve` itself."""
 
@@ -158,6 +161,11 @@ class Controller:
             if parts.usage is None
             else MoneyCounter(parts.usage, self.metrics, self._started_at_s)
         )
+        self._lookback = (
+            None
+            if parts.served is None
+            else Lookback(parts.served, parts.ledger, parts.journal, self.metrics)
+        )
 
     # What the HTTP API asks
 
@@ -227,6 +235,7 @@ class Controller:
             self._nodes,
             self._engine_loads,
             self._doing,
+            self._lookback.regrets if self._lookback is not None else {},
         )
 
     def heat(self) -> dict[str, ExpertHeat]:
@@ -251,6 +260,7 @@ class Controller:
         """Until `stop`; the groups stay as they are."""
         stopped = asyncio.create_task(stop.wait())
         counting = asyncio.create_task(self._count_money())
+        looking_back = asyncio.create_task(self._look_back())
         try:
             while not stop.is_set():
                 await self.turn()
@@ -258,12 +268,24 @@ class Controller:
         finally:
             stopped.cancel()
             counting.cancel()
+            looking_back.cancel()
             await self._applier.close()
             await self._step("capacity ledger", self._keeper.write(self._records(), self._now_s()))
 
     async def _count_money(self) -> None:
         if self._money is not None:
             await self._money.run(self._now_s)
+
+    async def _look_back(self) -> None:
+        if self._lookback is not None:
+            await self._lookback.run(self._in_manifests, self._now_s)
+
+    def _in_manifests(self) -> dict[str, tuple[ScalingConfig, ModelState]]:
+        return {
+            model: (config, self._states[model])
+            for model, config in self._configs.items()
+            if model in self._states and model not in self._retired
+        }
 
     async def turn(self) -> None:
         began_s = self._now_s()
@@ -290,7 +312,8 @@ class Controller:
                 return
         snapshot = await self._observer.look(self._records())
         self._nodes = snapshot.nodes
-        self.metrics.saw_ranks(snapshot.ranks.values())
+        pools = {record.spec.name: record.spec.pool for record in self._records()}
+        self.metrics.saw_ranks(snapshot.ranks.values(), pools)
         self._engine_loads.saw(snapshot.ranks, snapshot.answered_at_s)
         for what in ("applications", "nodes", "placement groups", _NOTICES):
             if what in snapshot.problems:

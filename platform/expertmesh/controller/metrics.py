@@ -7,10 +7,12 @@ from typing import Final
 from expertmesh.controller.rank_totals import RankTotals
 from expertmesh.core.domain.fleet import GroupLoad, GroupState, RankInfo
 from expertmesh.core.metering.report import By, Cell, UsageRow
+from expertmesh.core.scaling.calibration import Calibration
 from expertmesh.core.scaling.contract import Decision, GroupRecord, ModelState, ScalingConfig
 from expertmesh.core.scaling.forecast import Forecaster
+from expertmesh.core.scaling.hindsight import Regret
 from expertmesh.telemetry import metrics as names
-from expertmesh.telemetry.tally import Tally
+from expertmesh.telemetry.tally import Family, GaugeChild, Tally
 from expertmesh.telemetry.text import TextWriter
 
 _SECONDS_PER_HOUR: Final = 3600.0
@@ -48,6 +50,14 @@ class ControllerMetrics:
         self._learned_ratio = tally.gauge(names.CONTROLLER_LEARNED_RATIO)
         self._zone_losses = tally.gauge(names.CONTROLLER_ZONE_LOSSES)
         self._zone_avoided = tally.gauge(names.CONTROLLER_ZONE_AVOIDED)
+        # What came of it
+        self._hindsight = tally.gauge(names.CONTROLLER_HINDSIGHT)
+        self._hindsight_span = tally.gauge(names.CONTROLLER_HINDSIGHT_SPAN)
+        self._hindsight_time = tally.gauge(names.CONTROLLER_HINDSIGHT_TIME)
+        self._load_error = tally.gauge(names.CONTROLLER_LOAD_ERROR)
+        self._within_spare = tally.gauge(names.CONTROLLER_WITHIN_SPARE)
+        self._wait_error = tally.gauge(names.CONTROLLER_WAIT_ERROR)
+        self._start_error = tally.gauge(names.CONTROLLER_START_ERROR)
         # Targets
         self._slo = tally.gauge(names.CONTROLLER_SLO)
         self._wait_limit = tally.gauge(names.CONTROLLER_WAIT_LIMIT)
@@ -79,7 +89,7 @@ class ControllerMetrics:
         self._layer_imbalance = tally.gauge(names.LAYER_IMBALANCE)
         self._writer = TextWriter()
         self._ranks = RankTotals()
-        self._pool_of: dict[str, str] = {}
+        self._kept_groups: set[str] = set()
         self._spent_at_s: float | None = None
 
     def text(self) -> bytes:
@@ -131,6 +141,7 @@ class ControllerMetrics:
             *(self._forecast_margin, self._expected_start, self._learned_ratio),
             *(self._slo, self._wait_limit, self._spent_today),
             *(self._budget_rate, self._budget_day, self._external_price),
+            *self._looked_back(),
         )
         for family in gauges:
             family.drop("model", model)
@@ -161,33 +172,33 @@ class ControllerMetrics:
         self._loop.labels().observe(duration_s)
         self._keep_groups(records)
 
-    def saw_ranks(self, ranks: Iterable[RankInfo | None]) -> None:
-        """Adds what each rank has done since the last look; one that restarted counts from zero."""
-        layers: dict[tuple[str, str, str], list[tuple[int, int, int]]] = {}
+    def saw_ranks(self, ranks: Iterable[RankInfo | None], pools: Mapping[str, str]) -> None:
+        """Adds what each rank has done since the last look; one that restarted counts from zero.
+        `pools`: by group; a rank of another group is passed over."""
+        layers: dict[tuple[str, str, str, str], list[tuple[int, int, int]]] = {}
         for info in ranks:
-            if info is None:
+            pool = None if info is None else pools.get(info.group)
+            if info is None or pool is None:
                 continue
-            model, group = info.model, info.group
+            labels = (info.model, pool, info.group)
             grown = self._ranks.grown(info)
             for expert, tokens in grown.expert_tokens.items():
-                self._expert_tokens.labels(model, group, expert).inc(tokens)
+                self._expert_tokens.labels(*labels, expert).inc(tokens)
             if grown.expert_tokens:
-                self._rank_tokens.labels(model, group, str(info.rank)).inc(
+                self._rank_tokens.labels(*labels, str(info.rank)).inc(
                     sum(grown.expert_tokens.values())
                 )
             for layer, peak in info.layers.items():
-                layers.setdefault((model, group, layer), []).append(peak)
-            pool = self._pool_of.get(group)
-            if pool is not None:
-                tokens_of = self._group_tokens.labels
-                tokens_of(model, pool, group, "in").inc(grown.prompt_tokens)
-                tokens_of(model, pool, group, "cached").inc(grown.cached_tokens)
-                tokens_of(model, pool, group, "out").inc(grown.output_tokens)
-                self._preemptions.labels(model, pool, group).inc(grown.preemptions)
-        for labels, peaks in layers.items():
+                layers.setdefault((*labels, layer), []).append(peak)
+            tokens_of = self._group_tokens.labels
+            tokens_of(*labels, "in").inc(grown.prompt_tokens)
+            tokens_of(*labels, "cached").inc(grown.cached_tokens)
+            tokens_of(*labels, "out").inc(grown.output_tokens)
+            self._preemptions.labels(*labels).inc(grown.preemptions)
+        for of_layer, peaks in layers.items():
             total, experts = sum(peak[1] for peak in peaks), sum(peak[2] for peak in peaks)
             busiest = max(peak[0] for peak in peaks)
-            self._layer_imbalance.labels(*labels).set(busiest * experts / total if total else 1.0)
+            self._layer_imbalance.labels(*of_layer).set(busiest * experts / total if total else 1.0)
 
     def saw_loads(self, records: Iterable[GroupRecord], loads: Mapping[str, GroupLoad]) -> None:
         """What engines do now, by group."""
@@ -221,6 +232,38 @@ class ControllerMetrics:
             if row.energy_uj:
                 self._energy.labels(model, pool).inc(row.energy_uj / _UJ_PER_J)
         self._money_time.labels().set(until_s)
+
+    def looked_back(self, model: str, regret: Regret | None, found: Calibration | None) -> None:
+        """Of the last day's cost, and of the last hour's expectations; None: nothing is known."""
+        for family in self._looked_back():
+            family.drop("model", model)
+        if regret is not None:
+            self._hindsight.labels(model, "spent").set(regret.spent_usd)
+            self._hindsight.labels(model, "least").set(regret.least.usd)
+            self._hindsight_span.labels(model).set(regret.until_s - regret.since_s)
+            self._hindsight_time.labels(model).set(regret.until_s)
+        if found is None:
+            return
+        for family, errors in (
+            (self._load_error, found.load_error),
+            (self._wait_error, found.wait_error_s),
+        ):
+            if errors is not None:
+                family.labels(model, "0.1").set(errors.p10)
+                family.labels(model, "0.5").set(errors.p50)
+                family.labels(model, "0.9").set(errors.p90)
+        if found.within_spare is not None:
+            self._within_spare.labels(model).set(found.within_spare)
+        for starts in found.starts:
+            if starts.took_s is not None and starts.expected_s > 0:
+                ratio = starts.took_s.p50 / starts.expected_s
+                self._start_error.labels(model, starts.option).set(ratio)
+
+    def _looked_back(self) -> tuple[Family[GaugeChild], ...]:
+        return (
+            *(self._hindsight, self._hindsight_span, self._hindsight_time),
+            *(self._load_error, self._within_spare, self._wait_error, self._start_error),
+        )
 
     def _see_transitions(self, decision: Decision, before: ModelState) -> None:
         known = {record.spec.name: record for record in before.groups}
@@ -283,16 +326,16 @@ class ControllerMetrics:
 
     def _keep_groups(self, records: list[GroupRecord]) -> None:
         """Names of groups are never used again: the series of those that are gone go too."""
-        pool_of = {record.spec.name: record.spec.pool for record in records}
-        if pool_of.keys() == self._pool_of.keys():
+        groups = {record.spec.name for record in records}
+        if groups == self._kept_groups:
             return
-        self._pool_of = pool_of
-        self._ranks.keep(pool_of)
+        self._kept_groups = groups
+        self._ranks.keep(groups)
         for family in (
             *(self._expert_tokens, self._rank_tokens, self._group_tokens, self._preemptions),
             self._layer_imbalance,
         ):
-            family.keep("group", pool_of)
+            family.keep("group", groups)
 
 
 def forecast_errors(before: Forecaster, after: Forecaster) -> list[float]:

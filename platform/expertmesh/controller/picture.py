@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from expertmesh.controller.loads import EngineLoads
@@ -11,6 +11,7 @@ from expertmesh.core.domain.fleet import RankInfo
 from expertmesh.core.domain.hardware import Market, Pool
 from expertmesh.core.scaling.contract import Decision, GroupRecord, ScalingConfig
 from expertmesh.core.scaling.demand import GroupDoing
+from expertmesh.core.scaling.hindsight import Regret
 
 
 class NodeSeen(Protocol):
@@ -81,6 +82,17 @@ class GroupShown:
 
 
 @dataclass(frozen=True, slots=True)
+class HindsightShown:
+    """Of the model's groups until `until_s`, when it was last computed."""
+
+    until_s: float
+    span_s: float
+    spent_usd: float
+    least_usd: float
+    """For the same work, by one who knew it in advance."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShown:
     name: str
     mode: str
@@ -117,6 +129,8 @@ class ModelShown:
     target: dict[str, int] = field(default_factory=dict)
     """Groups wanted, by option."""
     advice: tuple[str, ...] = ()
+    hindsight: HindsightShown | None = None
+    """None: not computed yet, or there is nothing to compare."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,9 +164,10 @@ def picture(
     nodes: Iterable[NodeSeen] | None,
     engines: EngineLoads,
     doing: Mapping[str, GroupDoing],
+    regrets: Mapping[str, Regret],
 ) -> Picture:
     """`decisions`: the newest of each model and its time. `nodes`: None when they could not be
-    listed. `doing`: by group."""
+    listed. `doing`: by group. `regrets`: by model."""
     configs, records = tuple(configs), tuple(records)
     found: dict[str, Pool] = {pool.name: pool for one in configs for pool in one.pools}
     seen = None if nodes is None else tuple(node for node in nodes if node.alive)
@@ -162,10 +177,23 @@ def picture(
         if pool.market is not Market.EXTERNAL
     )
     groups = sorted((_group(record, engines) for record in records), key=lambda group: group.name)
-    models = tuple(_model(config, decisions.get(config.model), groups, doing) for config in configs)
+    models = tuple(
+        replace(
+            _model(config, decisions.get(config.model), groups, doing),
+            hindsight=_hindsight(regrets.get(config.model)),
+        )
+        for config in configs
+    )
     idle = sum(pool.idle_usd_per_hour or 0.0 for pool in pools)
     spend = sum(group.usd_per_hour for group in groups)
     return Picture(turned_at_s, pools, tuple(groups), models, round(spend + idle, 9))
+
+
+def _hindsight(regret: Regret | None) -> HindsightShown | None:
+    if regret is None:
+        return None
+    span_s = regret.until_s - regret.since_s
+    return HindsightShown(regret.until_s, span_s, regret.spent_usd, regret.least.usd)
 
 
 def expert_heat(records: Iterable[GroupRecord], engines: EngineLoads) -> dict[str, ExpertHeat]:

@@ -44,6 +44,7 @@ from expertmesh.store.keys import KeyBook
 from expertmesh.store.leases import LeaseTable
 from expertmesh.store.ledger import Ledger
 from expertmesh.store.report import usage_cells
+from expertmesh.store.served_work import served_work
 from expertmesh.store.spend import LedgerSpend
 from expertmesh.telemetry.traces import DecisionTracing
 
@@ -225,6 +226,7 @@ def _wire(
             journal=AnnouncedJournal(fenced, events.say) if events is not None else fenced,
             ledger=Ledger(database),
             usage=partial(usage_cells, Ledger(database)),
+            served=partial(served_work, database),
             now_s=time.time,
             notices=notices,
         )

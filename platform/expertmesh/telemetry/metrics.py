@@ -277,6 +277,49 @@ CONTROLLER_ZONE_AVOIDED = Metric(
     ("zone",),
     merge="max",
 )
+CONTROLLER_HINDSIGHT = Metric(
+    "em_controller_hindsight_usd",
+    "gauge",
+    "Cost of the model's groups over the last day: spent, and the least for the same work by one "
+    "who knew it in advance",
+    ("model", "part"),
+)
+CONTROLLER_HINDSIGHT_SPAN = Metric(
+    "em_controller_hindsight_span_seconds",
+    "gauge",
+    "Length of the time that hindsight looks at: a day, or what the ledger has of it",
+    ("model",),
+)
+CONTROLLER_HINDSIGHT_TIME = Metric(
+    "em_controller_hindsight_timestamp_seconds",
+    "gauge",
+    "Unix time at which that time ends",
+    ("model",),
+)
+CONTROLLER_LOAD_ERROR = Metric(
+    "em_controller_load_error_groups",
+    "gauge",
+    "Load less the one that decisions of the last hour had expected then, in groups, by quantile",
+    ("model", "quantile"),
+)
+CONTROLLER_WITHIN_SPARE = Metric(
+    "em_controller_within_spare_ratio",
+    "gauge",
+    "Share of these loads that the expected one and its spare carried",
+    ("model",),
+)
+CONTROLLER_WAIT_ERROR = Metric(
+    "em_controller_wait_error_seconds",
+    "gauge",
+    "Oldest wait less the one that decisions of the last hour had predicted, by quantile",
+    ("model", "quantile"),
+)
+CONTROLLER_START_ERROR = Metric(
+    "em_controller_start_over_expected_ratio",
+    "gauge",
+    "Median time of the last hour's starts over the time that was expected of them",
+    ("model", "option"),
+)
 CONTROLLER_SLO = Metric(
     "em_controller_slo_attainment_target",
     "gauge",
@@ -409,19 +452,19 @@ RANK_TOKENS = Metric(
     "em_rank_expert_tokens_total",
     "counter",
     "Tokens routed to the experts of each rank, summed over layers",
-    ("model", "group", "rank"),
+    ("model", "pool", "group", "rank"),
 )
 LAYER_IMBALANCE = Metric(
     "em_expert_layer_imbalance_ratio",
     "gauge",
     "Tokens of a layer's busiest expert over the mean of its experts, lately",
-    ("model", "group", "layer"),
+    ("model", "pool", "group", "layer"),
 )
 EXPERT_TOKENS = Metric(
     "em_expert_tokens_total",
     "counter",
     "Tokens routed to each expert, summed over layers",
-    ("model", "group", "expert"),
+    ("model", "pool", "group", "expert"),
 )
 
 ALL = tuple(value for value in list(globals().values()) if isinstance(value, Metric))

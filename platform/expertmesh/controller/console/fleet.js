@@ -1,7 +1,7 @@
 // The fleet as a picture: pools, their nodes with the ranks on them, and each group's experts.
 
 import { byId, drawing, element, keep, mark, say } from "./dom.js";
-import { count, dollars, lapse, latency, percent } from "./format.js";
+import { count, dollars, lapse, latency, NOTHING, percent } from "./format.js";
 
 const OPEN_AT_MOST = 6;
 const CELLS_AT_MOST = 512;
@@ -179,12 +179,15 @@ function drawRow(svg, experts, hottest, index) {
   mark(svg, "aria-label", `rank ${index}: ${cells.length} experts, the busiest is ${id} with ${count(tokens)} tokens`);
 }
 
+const HINDSIGHT = 9;
+
 export function showModels(picture) {
   keep(byId("model-rows"), picture.models, (model) => model.name, makeModel, (row, model) => {
     row.dataset.model = model.name;
     const spend = picture.groups.filter((group) => group.model === model.name)
       .reduce((sum, group) => sum + group.usd_per_hour, 0);
     const budget = model.budget_usd_per_hour === null ? "none" : dollars(model.budget_usd_per_hour);
+    const past = model.hindsight;
     const cells = [
       model.mode === "act" ? model.name : `${model.name} (${model.mode})`,
       `${model.ready} / ${model.wanted}`,
@@ -194,12 +197,14 @@ export function showModels(picture) {
       `${latency(model.ttft_s)} / ${latency(model.ttft_target_s)}`,
       `${latency(model.tpot_s)} / ${latency(model.tpot_target_s)}`,
       `${dollars(spend)} / ${budget}`,
+      past === null ? NOTHING : `${dollars(past.spent_usd)} / ${dollars(past.least_usd)}`,
       model.binding.replaceAll("_", " "),
     ];
     cells.forEach((text, index) => say(row.children[index], text));
+    row.children[HINDSIGHT].title = past === null ? "not known yet" : `over ${lapse(past.span_s)}`;
   });
 }
 
 function makeModel() {
-  return element("tr", {}, element("th", { scope: "row" }), ...Array.from({ length: 9 }, () => element("td")));
+  return element("tr", {}, element("th", { scope: "row" }), ...Array.from({ length: 10 }, () => element("td")));
 }

@@ -22,7 +22,7 @@ from expertmesh.core.scaling.contract import (
     ScalingConfig,
     workers_of,
 )
-from expertmesh.core.scaling.kinds import Kind, Kinds, kinds_of, miss_usd_per_hour, option_name
+from expertmesh.core.scaling.kinds import Kind, Kinds, kind_of, kinds_of, miss_usd_per_hour
 
 _WORTH_MORE = 2.0
 """Of a running group's value for its price: below it, nothing is moved between equal models."""
@@ -135,7 +135,7 @@ def _asks(
     have: dict[str, int] = {}
     for record in usable:
         if acts or record.state is not GroupState.DRAINING:
-            name = option_name(record.spec)
+            name = kind_of(config, record.spec)
             have[name] = have.get(name, 0) + 1
     wanted = decision.target if acts else have
     for name, count in sorted(wanted.items()):

@@ -3,6 +3,7 @@
 Plain values that travel as JSON: a journal of them replays to the same decisions.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -16,7 +17,7 @@ from expertmesh.core.domain.fleet import (
     Rank,
 )
 from expertmesh.core.domain.hardware import Pool
-from expertmesh.core.domain.option import GroupOption
+from expertmesh.core.domain.option import GroupOption, option_name
 from expertmesh.core.domain.slo import Slo
 from expertmesh.core.scaling.demand import Demand, GatewaySeen, GroupDoing
 from expertmesh.core.scaling.forecast import Forecaster
@@ -73,6 +74,20 @@ class ScalingConfig:
             if (option.pool, option.parallelism) == (spec.pool, spec.parallelism)
         )
         return max(self.timing.start_deadline_s, _SLOW_START * next(planned, 0.0))
+
+    def is_current(self, spec: GroupSpec) -> bool:
+        """Whether its option would start it in the same way now: the same model, context length
+        and engine arguments. A group of no option has nothing to be compared with."""
+        name = option_name(spec.pool, spec.parallelism)
+        option = next((each for each in self.options if each.name == name), None)
+        if option is None:
+            return True
+        if (spec.model_source, spec.max_model_len) != (self.source, self.max_model_len):
+            return False
+        # A spec that comes back from Serve has been through JSON.
+        return spec.engine == option.engine or (
+            json.dumps(spec.engine, sort_keys=True) == json.dumps(option.engine, sort_keys=True)
+        )
 
 
 def workers_of(parallelism: Parallelism) -> int:

@@ -1,5 +1,7 @@
 """The kinds of groups that a model can have now: what each can do, costs and risks."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +26,8 @@ _MOST_ATTAINMENT = 0.999
 _FOREIGN = 4.0
 """By which a group that no manifest has any more counts as dearer: it makes way, but not before
 others carry its load."""
+_OLDER = 1.01
+"""The same for a group of an older version: of two, it is the one to go."""
 _LEAST_USD = 1e-6
 """Of a group over the horizon: one that costs nothing is still one too many."""
 
@@ -43,10 +47,12 @@ class Kind:
     """None: no manifest has it any more."""
     is_offered: bool
     """False: groups of it run, but it is none of the model's options any more."""
+    version: str = ""
+    """Of the model and how it is run, where that is not what would be started now."""
 
     @cached_property
     def name(self) -> str:
-        return self.option.name
+        return kind_name(self.option.name, self.version)
 
     @cached_property
     def zone(self) -> str | None:
@@ -106,14 +112,35 @@ def option_name(spec: GroupSpec) -> str:
     return name_of(spec.pool, spec.parallelism)
 
 
+def kind_name(option: str, version: str) -> str:
+    return f"{option}@{version}" if version else option
+
+
+def kind_of(config: ScalingConfig, spec: GroupSpec) -> str:
+    """The name of the kind that a group is of."""
+    return kind_name(option_name(spec), _version(config, spec))
+
+
+def _version(config: ScalingConfig, spec: GroupSpec) -> str:
+    if config.is_current(spec):
+        return ""
+    said = json.dumps([spec.model_source, spec.max_model_len, spec.engine], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:6]
+
+
 def kinds_of(
     config: ScalingConfig, state: ModelState, work: Work, running: Sequence[GroupSpec]
 ) -> Kinds:
     """`running`: groups that may be of kinds that are not offered any more."""
     pools = {pool.name: pool for pool in config.pools}
     options = {option.name: option for option in config.options}
-    gone = {option_name(spec): _from_spec(spec, config) for spec in running}
-    everything = options | {name: gone[name] for name in sorted(gone) if name not in options}
+    specs = {kind_of(config, spec): spec for spec in running}
+    gone = {
+        name: options.get(option_name(specs[name])) or _from_spec(specs[name], config)
+        for name in sorted(specs)
+        if name not in options
+    }
+    everything = options | gone
     usual = usual_ratio(state.learned.values(), state.seen_at_s)
     seconds = _seconds(everything, state, work)
     kinds = tuple(
@@ -121,11 +148,12 @@ def kinds_of(
             option=option,
             rates=option.rates,
             seconds=seconds[name],
-            ratio=usual * (state.learned[name].own_ratio if name in state.learned else 1.0),
-            lone_tpot_s=option.rates.lone_tpot_s or _lone_tpot_s(state, name),
-            start_s=state.start_s.get(name, option.start_s),
+            ratio=usual * _own_ratio(state, option),
+            lone_tpot_s=option.rates.lone_tpot_s or _lone_tpot_s(state, option),
+            start_s=state.start_s.get(option.name, option.start_s),
             pool=pools.get(option.pool),
             is_offered=name in options,
+            version=_version(config, specs[name]) if name not in options else "",
         )
         for name, option in everything.items()
     )
@@ -133,8 +161,13 @@ def kinds_of(
     return Kinds(kinds, by_tokens=known)
 
 
-def _lone_tpot_s(state: ModelState, name: str) -> float | None:
-    learned = state.learned.get(name)
+def _own_ratio(state: ModelState, option: GroupOption) -> float:
+    learned = state.learned.get(option.name)
+    return learned.own_ratio if learned else 1.0
+
+
+def _lone_tpot_s(state: ModelState, option: GroupOption) -> float | None:
+    learned = state.learned.get(option.name)
     return learned.lone_tpot_s if learned else None
 
 
@@ -157,10 +190,10 @@ def _seconds(
     usual = usual_ratio(state.learned.values(), state.seen_at_s)
     seconds: dict[str, float | None] = {}
     for name, option in options.items():
-        learned = state.learned.get(name)
+        learned = state.learned.get(option.name)
         planned = work.seconds(option.rates)
         if planned is not None:
-            seconds[name] = planned * usual * (learned.own_ratio if learned else 1.0)
+            seconds[name] = planned * usual * _own_ratio(state, option)
         else:
             enough = learned is not None and learned.measured_s >= _ENOUGH_S and work.is_known
             seconds[name] = learned.seconds if enough and learned else None
@@ -188,7 +221,9 @@ def offer(
     start_usd = (option.usd_per_hour + late_usd_per_hour) * kind.start_s / 3600.0
     capacity = kinds.capacity(kind)
     usd = option.usd_per_hour * hours
-    if not kind.is_offered:
+    if kind.version:
+        usd *= _OLDER
+    elif not kind.is_offered:
         usd *= _FOREIGN
     if kind.zone is not None:
         # After a loss, as much has to be started elsewhere.

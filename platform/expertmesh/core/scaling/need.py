@@ -42,6 +42,8 @@ def learn_rates(turn: Turn) -> None:
         settled_s = turn.now_s - record.since_s
         if doing is None or option is None or settled_s < doing.span_s:
             continue
+        if not turn.config.is_current(record.spec):
+            continue
         if turn.now_s - doing.at_s > turn.timing.gateway_stale_s:
             continue
         learned = learn(

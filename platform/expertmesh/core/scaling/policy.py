@@ -2,7 +2,7 @@
 
 One decision, in order: what is there (`look`), what the load needs (`need`), what there should be:
 the cheapest mix that carries the load, within bounds (`question`, `target`), and what to do about
-it: end drains, recall, start (`start`), release (`release`).
+it: end drains, recall, start (`start`), release (`release`), change to a new version (`roll`).
 """
 
 import math
@@ -20,9 +20,10 @@ from expertmesh.core.scaling.look import adopt, advance_groups
 from expertmesh.core.scaling.need import count_spending, learn_rates, measure_demand, measure_load
 from expertmesh.core.scaling.question import Question, lifts_of, problem_of, question_of
 from expertmesh.core.scaling.release import end_drains, leave_taken_nodes, release
+from expertmesh.core.scaling.roll import roll
 from expertmesh.core.scaling.start import fill
 from expertmesh.core.scaling.target import find_target
-from expertmesh.core.scaling.turn import Turn, age_key, counts_of
+from expertmesh.core.scaling.turn import Turn, age_key
 from expertmesh.core.scaling.wording import pending_of, reason_of
 
 LONGEST_SLEEP_S = 60.0
@@ -61,6 +62,7 @@ def _run(turn: Turn) -> Decision:
         leave_taken_nodes(turn)
         fill(turn)
         release(turn)
+        roll(turn)
     return _decision(turn)
 
 
@@ -77,7 +79,7 @@ def _find_target(turn: Turn) -> None:
     problem, obstacles = problem_of(turn), lifts_of(turn)
     turn.target = find_target(problem, obstacles)
     if turn.why_unseen() is not None:
-        counts = counts_of(turn.active())
+        counts = turn.counts_of(turn.active())
         there = {kind.name: counts[kind.name] for kind in turn.kinds.all}
         turn.target = replace(turn.target, kept=there)
     if turn.binding is Binding.LOAD:

@@ -17,7 +17,7 @@ from expertmesh.core.scaling.target import (
     without_grant,
     without_max_groups,
 )
-from expertmesh.core.scaling.turn import Turn, counts_of
+from expertmesh.core.scaling.turn import Turn
 
 _ANY_WORKERS = 1 << 30
 
@@ -73,7 +73,7 @@ def problem_of(turn: Turn) -> Problem:
         for limit in (turn.usd_per_hour_limit, grant.usd_per_hour if grant else None)
         if limit is not None
     ]
-    counts = counts_of(turn.active())
+    counts = turn.counts_of(turn.active())
     turn.there = tuple(counts[kind.name] for kind in kinds.all)
     in_use = turn.planned_load > 0 or turn.load.held > 0
     return Problem(
@@ -108,7 +108,7 @@ def _offers(turn: Turn, *, held_back: bool) -> tuple[Offer, ...]:
         # Until a group is ready, a provider serves what would wait.
         miss_usd_per_hour = min(miss_usd_per_hour, external_usd)
     late_usd_per_hour = late * miss_usd_per_hour
-    kept = counts_of([*turn.active(), *turn.recallable()])
+    kept = turn.counts_of([*turn.active(), *turn.recallable()])
     return tuple(
         offer(
             turn.kinds,

@@ -5,7 +5,6 @@ import math
 from expertmesh.core.domain.fleet import GroupState
 from expertmesh.core.scaling.contract import ActionKind, Binding, GroupRecord, workers_of
 from expertmesh.core.scaling.demand import is_drained
-from expertmesh.core.scaling.kinds import option_name
 from expertmesh.core.scaling.lifecycle import enter
 from expertmesh.core.scaling.naming import number_of
 from expertmesh.core.scaling.turn import CENT_OF_A_CENT_USD, Turn
@@ -61,7 +60,7 @@ def leave_taken_nodes(turn: Turn) -> None:
             continue
         serving.remove(record)
         capacity = rest
-        _drain(turn, record, f"a node of it will be taken away in {left_s:.0f} s")
+        drain(turn, record, f"a node of it will be taken away in {left_s:.0f} s")
 
 
 def _finish_s(turn: Turn) -> float:
@@ -84,8 +83,8 @@ def release(turn: Turn) -> None:
         for (name, keep), there in zip(turn.target.kept.items(), turn.there, strict=True)
     }
     fresh = {action.group for action in turn.actions}
-    for record in sorted(turn.active(), key=_release_key):
-        name = option_name(record.spec)
+    for record in sorted(turn.active(), key=release_key):
+        name = turn.kind_name(record)
         if surplus[name] <= 0 or record.spec.name in fresh:
             continue
         broken = record.state is GroupState.LOST
@@ -149,7 +148,7 @@ def _let_go(turn: Turn, record: GroupRecord, forced: bool) -> None:
         why = f"{left} groups carry a load of {turn.load.held:.2f}, {price}"
     match record.state:
         case GroupState.READY:
-            _drain(turn, record, why)
+            drain(turn, record, why)
         case GroupState.STARTING:
             draining = enter(record, GroupState.DRAINING, turn.now_s, "no longer needed")
             turn.keep(draining, record.state, why)
@@ -158,13 +157,13 @@ def _let_go(turn: Turn, record: GroupRecord, forced: bool) -> None:
             turn.remove(record, why)
 
 
-def _drain(turn: Turn, record: GroupRecord, why: str) -> None:
+def drain(turn: Turn, record: GroupRecord, why: str) -> None:
     turn.act(ActionKind.DRAIN, record, why)
     draining = enter(record, GroupState.DRAINING, turn.now_s, "no longer needed")
     turn.keep(draining, record.state, why)
 
 
-def _release_key(record: GroupRecord) -> tuple[int, float, float, int]:
+def release_key(record: GroupRecord) -> tuple[int, float, float, int]:
     """Broken ones first, then those that start, then the dearest and of these the youngest."""
     order = {GroupState.LOST: 0, GroupState.STARTING: 1}
     n = number_of(record.spec.name)

@@ -2,7 +2,7 @@
 
 from expertmesh.core.domain.fleet import GroupSpec, GroupState
 from expertmesh.core.scaling.contract import Action, ActionKind, Binding, GroupRecord
-from expertmesh.core.scaling.kinds import Kind, option_name
+from expertmesh.core.scaling.kinds import Kind
 from expertmesh.core.scaling.lifecycle import enter
 from expertmesh.core.scaling.naming import next_free_name, number_of
 from expertmesh.core.scaling.question import why_held_back
@@ -25,17 +25,20 @@ def fill(turn: Turn) -> None:
             continue
         kind = turn.kinds.named(name)
         missing = count - len(turn.active_of(name))
-        draining = [r for r in turn.recallable() if option_name(r.spec) == name]
+        draining = [r for r in turn.recallable() if turn.kind_name(r) == name]
         for record in sorted(draining, key=_price_key):
             if missing > 0:
                 _recall(turn, record)
                 missing -= 1
         for _ in range(missing):
-            problem = _why_not_start(turn, kind)
+            problem = why_not_start(turn, kind)
             if problem is not None:
                 turn.obstacles.append(problem)
                 break
-            _start(turn, kind)
+            why = f"the cheapest that can be had, ${kind.option.usd_per_hour:.2f}/h"
+            if turn.target.replaces:
+                why = f"cheaper than what there is, ${kind.option.usd_per_hour:.2f}/h"
+            start(turn, kind, why)
     if turn.target.binding in _SHORTAGES:
         _explain_shortage(turn)
 
@@ -45,7 +48,7 @@ def _recall(turn: Turn, record: GroupRecord) -> None:
     turn.keep(enter(record, GroupState.READY, turn.now_s, ""), record.state, "recalled")
 
 
-def _why_not_start(turn: Turn, kind: Kind) -> str | None:
+def why_not_start(turn: Turn, kind: Kind) -> str | None:
     """What draining groups still occupy and cost, the target does not know."""
     option = kind.option
     staying = sum(record.removed_at_s is None for record in turn.groups.values())
@@ -70,7 +73,7 @@ def _why_not_start(turn: Turn, kind: Kind) -> str | None:
 
 def _explain_shortage(turn: Turn) -> None:
     for kind in sorted(turn.kinds.all, key=lambda kind: _unit_usd(turn, kind)):
-        why = why_held_back(turn, kind) or _why_not_start(turn, kind)
+        why = why_held_back(turn, kind) or why_not_start(turn, kind)
         if why is not None and kind.is_offered and why not in turn.obstacles:
             turn.obstacles.append(why)
     grant = turn.observation.grant
@@ -81,7 +84,7 @@ def _explain_shortage(turn: Turn) -> None:
         turn.obstacles.append("the model has no pool")
 
 
-def _start(turn: Turn, kind: Kind) -> None:
+def start(turn: Turn, kind: Kind, why: str) -> None:
     option = kind.option
     pool = turn.pools[option.pool]
     name, n = next_free_name(
@@ -110,9 +113,6 @@ def _start(turn: Turn, kind: Kind) -> None:
         expected_ready_at_s=turn.now_s + kind.start_s,
         message="asked for",
     )
-    why = f"the cheapest that can be had, ${option.usd_per_hour:.2f}/h"
-    if turn.target.replaces:
-        why = f"cheaper than what there is, ${option.usd_per_hour:.2f}/h"
     turn.actions.append(Action(ActionKind.START, name, why, spec))
     turn.keep(record, None, why)
     turn.wakes_s.append(turn.now_s + turn.config.start_deadline_s(spec))

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from expertmesh.core.domain.deployment import ScalingMode
-from expertmesh.core.domain.fleet import GroupState
+from expertmesh.core.domain.fleet import GroupSpec, GroupState
 from expertmesh.core.domain.hardware import Market, Pool
 from expertmesh.core.scaling.capacity import held_workers, room_workers
 from expertmesh.core.scaling.contract import (
@@ -25,7 +25,7 @@ from expertmesh.core.scaling.contract import (
     Transition,
 )
 from expertmesh.core.scaling.demand import Demand
-from expertmesh.core.scaling.kinds import Kind, Kinds, option_name
+from expertmesh.core.scaling.kinds import Kind, Kinds, kind_of
 from expertmesh.core.scaling.mix import Mix
 from expertmesh.core.scaling.naming import number_of
 from expertmesh.core.scaling.target import Target
@@ -99,6 +99,7 @@ class Turn:
         self.obstacles: list[str] = []
         self.notes: list[str] = []
         self.wakes_s: list[float] = []
+        self._kind_names: dict[str, tuple[GroupSpec, str]] = {}
 
     def may_act(self) -> bool:
         return (
@@ -140,8 +141,8 @@ class Turn:
         lost = record.state is GroupState.LOST
         return lost and zone is not None and not zone.is_admitted(self.now_s)
 
-    def active_of(self, option: str) -> list[GroupRecord]:
-        return [record for record in self.active() if option_name(record.spec) == option]
+    def active_of(self, kind: str) -> list[GroupRecord]:
+        return [record for record in self.active() if self.kind_name(record) == kind]
 
     def in_state(self, state: GroupState) -> list[GroupRecord]:
         return [
@@ -163,7 +164,18 @@ class Turn:
         return sum(seen.in_flight.get(name, 0) for seen in self.observation.gateways)
 
     def kind_of(self, record: GroupRecord) -> Kind:
-        return self.kinds.named(option_name(record.spec))
+        return self.kinds.named(self.kind_name(record))
+
+    def kind_name(self, record: GroupRecord) -> str:
+        spec = record.spec
+        known = self._kind_names.get(spec.name)
+        if known is None or known[0] is not spec:
+            known = self._kind_names[spec.name] = (spec, kind_of(self.config, spec))
+        return known[1]
+
+    def counts_of(self, records: Iterable[GroupRecord]) -> Counter[str]:
+        """By kind."""
+        return Counter(map(self.kind_name, records))
 
     def zone_of(self, pool_name: str) -> str | None:
         pool = self.pools.get(pool_name)
@@ -211,11 +223,6 @@ class Turn:
         self.groups[record.spec.name] = replace(
             record, removed_at_s=self.now_s, message=f"removed: {why}"
         )
-
-
-def counts_of(records: Iterable[GroupRecord]) -> Counter[str]:
-    """By option."""
-    return Counter(option_name(record.spec) for record in records)
 
 
 def age_key(record: GroupRecord) -> tuple[float, int, str]:
