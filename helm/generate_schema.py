@@ -446,6 +446,8 @@ class RuleMonitor(ChartModel):
     enabled: bool = False
     labels: dict[str, str] = {}
     """Those that your Prometheus operator selects by."""
+    runbooks: str = "docs/operations.md"
+    """Where alerts link to, with the section behind a `#`: a page that your people can open."""
 
 
 class Dashboards(ChartModel):

@@ -79,6 +79,17 @@ def test_prometheus_takes_the_rules(chart: Path, own: bool, tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_alerts_link_to_the_page_that_the_values_name() -> None:
+    page = "https://wiki.example/expertmesh"
+    values = {"monitoring.prometheusRule": {"enabled": True, "runbooks": page}}
+    groups = render(values=values).one("PrometheusRule")["spec"]["groups"]
+    alerts = [rule for group in groups for rule in group["rules"] if "alert" in rule]
+    for alert in alerts:
+        link = alert["annotations"]["runbook_url"]
+        assert link == f"{page}#{alert['alert'].lower()}"
+    assert alerts
+
+
 def test_every_file_of_the_chart_s_own_is_shipped() -> None:
     rendered = render(values={"monitoring.dashboards.enabled": True})
     shipped = [

@@ -1,5 +1,6 @@
 """Scaling with real parts: sleep and wake, nodes taken with and without notice, a budget."""
 
+import contextlib
 import json
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ import httpx
 import openai
 import psutil
 import pytest
+import yaml
 from tests.integration.running_system import (
     MODEL,
     RunningSystem,
@@ -138,6 +140,50 @@ def test_a_budget_that_binds_is_kept_and_said(system: RunningSystem, key: str) -
     # The dear one goes first.
     wait_until(lambda: len(system.groups()) < 2, 120, "one is drained", system.describe)
     assert all(name.startswith(CHEAP) for name in ready(system))
+
+
+def test_a_changed_model_changes_over_without_losing_a_request(
+    system: RunningSystem, key: str
+) -> None:
+    """The controller reads its manifests when it starts."""
+
+    def lengths() -> set[int]:
+        models = [
+            system.rank(rank["base_url"], "/v1/models")["data"][0]
+            for group in system.groups("ready")
+            for rank in group["ranks"]
+        ]
+        return {model["max_model_len"] for model in models}
+
+    def has_changed() -> bool:
+        # Until the new controller answers, and while a rank goes away.
+        with contextlib.suppress(httpx.HTTPError):
+            return lengths() == {512}
+        return False
+
+    with Clients(system, key, 1) as clients:
+        wait_until(lambda: clients.answered > 3, 200, "requests are answered", system.describe)
+        assert lengths() == {1024}
+        manifest = yaml.safe_load(system.deployment_file.read_text())
+        manifest["model"]["max_model_len"] = 512
+        system.deployment_file.write_text(yaml.safe_dump(manifest))
+        controller = system.service("controller")
+        assert controller is not None
+        controller.kill()
+        wait_until(
+            lambda: system.service("controller") not in (None, controller),
+            30,
+            "the controller is started again",
+        )
+        wait_until(has_changed, 400, "the new version serves alone", system.describe)
+        wait_until(
+            lambda: [name.startswith(CHEAP) for name in ready(system)] == [True],
+            300,
+            "it is back in the cheap pool, where there was no room beside the old one",
+            system.describe,
+        )
+    assert clients.failures == []
+    assert "which runs an older version of the model" in reasons(system)
 
 
 def test_a_node_that_is_taken_with_notice_costs_no_request(system: RunningSystem, key: str) -> None:
