@@ -90,7 +90,7 @@ def cheapest(offers: Sequence[Offer], need: Need, bounds: Bounds) -> Mix:
     """
     search = _Search(offers, need, bounds)
     search.greedy()
-    search.descend(0, need.load, 0.0, 0, 0.0)
+    search.descend(0, need.load, 0.0, 0, 0.0, 0.0)
     return search.best_mix()
 
 
@@ -169,17 +169,28 @@ class _Search:
         """What the spot groups so far can do, that a zone's loss would take."""
         self.best_counts: list[int] | None = None
         self.best_usd = math.inf
+        self.enough_usd = math.inf
+        """A mix that costs as much is no better."""
         self.best_missing = math.inf
         """Groups that the best mix has too few for `min_groups`."""
         self.nodes = 0
         self.pieces = self._pieces()
-        self.least_piece_usd = [
-            min((piece.usd for piece in self.pieces if piece.place >= place), default=math.inf)
-            for place in range(len(self.offers) + 1)
+        self.pieces_from = [self.pieces]
+        """Those of the offers from each place on."""
+        for place in range(len(self.offers)):
+            self.pieces_from.append([p for p in self.pieces_from[place] if p.place > place])
+        self.cover_usd = [
+            min(pieces[0].usd, need.uncovered_usd) if pieces else need.uncovered_usd
+            for pieces in self.pieces_from
         ]
-        """Of the offers from each place on."""
+        """At least, with the offers from each place on, of a load of 1 that a zone's loss leaves."""
         lossy = any(offer.spot_zone is not None for offer in offers)
         self.covers = need.uncovered_usd > 0 and (lossy or need.cover > need.load)
+        cover = need.cover if self.covers else 0.0
+        self.cover_groups = [
+            max(0, math.ceil(cover / offer.capacity - _ENOUGH)) for offer in self.offers
+        ]
+        """That carry all that is to be carried still after a loss."""
 
     def _pieces(self) -> list[_Piece]:
         pieces = []
@@ -193,45 +204,52 @@ class _Search:
                 start_usd = offer.start_usd / offer.capacity
                 more = (most - kept) * offer.capacity
                 pieces.append(_Piece(unit_usd + start_usd, place, more))
-        return sorted(pieces, key=lambda piece: (piece.usd, piece.place))
+        return sorted(pieces, key=lambda piece: piece.usd)
 
     def most(self, place: int, groups: int, hourly: float) -> int:
         return self.most_of(self.offers[place], groups, hourly)
 
     def most_of(self, offer: Offer, groups: int, hourly: float) -> int:
         """Groups of this offer that limits, room and money allow."""
-        most = self.bounds.max_groups - groups
-        most = min(most, self.left.get(offer.pool, 0) // offer.workers)
-        if offer.limit is not None:
-            most = min(most, offer.limit)
+        most = min(self.bounds.max_groups - groups, self.left.get(offer.pool, 0) // offer.workers)
+        if offer.limit is not None and offer.limit < most:
+            most = offer.limit
         if self.bounds.usd_per_hour is not None and offer.usd_per_hour > 0:
             money = self.bounds.usd_per_hour - hourly + 1e-6
             most = min(most, math.floor(money / offer.usd_per_hour))
         return max(0, most)
 
+    def is_no_better(self, place: int, load: float, usd: float, zone_capacity: float) -> bool:
+        """Whatever is added of the offers from `place` on."""
+        if self.best_missing:
+            return False
+        if load > _ENOUGH:
+            usd += self.least_usd(place, load)
+        if usd >= self.enough_usd:
+            return True
+        if not self.covers:
+            return False
+        return usd + self.least_uncovered_usd(place, load, zone_capacity) >= self.enough_usd
+
     def least_usd(self, place: int, load: float) -> float:
         """A lower bound on what it costs to carry this load with the offers from `place` on."""
         usd = 0.0
         short_usd = self.need.short_usd
-        for piece in self.pieces:
-            if load <= _ENOUGH or piece.usd >= short_usd:
+        for piece in self.pieces_from[place]:
+            if piece.usd >= short_usd:
                 break
-            if piece.place >= place:
-                part = min(load, piece.capacity)
-                usd += part * piece.usd
-                load -= part
+            if load <= piece.capacity:
+                return usd + load * piece.usd
+            usd += piece.capacity * piece.usd
+            load -= piece.capacity
         return usd + load * short_usd if load > _ENOUGH else usd
 
-    def least_uncovered_usd(self, place: int, load: float) -> float:
+    def least_uncovered_usd(self, place: int, load: float, zone_capacity: float) -> float:
         """A lower bound on the price of a zone's loss: it is borne, or covered by more groups,
         which cost at least as much as the cheapest piece that is left."""
-        if not self.covers:
-            return 0.0
-        capacity = max(self.need.load, self.need.load - load)
-        bare = self.need.cover - capacity + max(self.by_zone.values(), default=0.0)
-        if bare <= _ENOUGH:
-            return 0.0
-        return bare * min(self.least_piece_usd[place], self.need.uncovered_usd)
+        carried = self.need.load if load > 0 else self.need.load - load
+        bare = self.need.cover - carried + zone_capacity
+        return bare * self.cover_usd[place] if bare > _ENOUGH else 0.0
 
     def greedy(self) -> None:
         """The cheapest pieces in whole groups; then, for the last group, each offer in turn."""
@@ -276,43 +294,58 @@ class _Search:
         within = limit is None or self.counts[place] < limit
         return within and self.most(place, groups, hourly) > 0
 
-    def descend(self, place: int, load: float, usd: float, groups: int, hourly: float) -> None:
-        """`load` is what is still to be carried, `usd` what the groups so far cost."""
+    def descend(
+        self,
+        place: int,
+        load: float,
+        usd: float,
+        groups: int,
+        hourly: float,
+        zone_capacity: float,
+    ) -> None:
+        """`load` is what is still to be carried, `usd` what the groups so far cost, and
+        `zone_capacity` the most that the loss of one zone would take of them."""
         self.nodes += 1
-        if self.nodes > _MOST_NODES:
+        if self.nodes > _MOST_NODES or self.is_no_better(place, load, usd, zone_capacity):
             return
-        lacks_groups = groups < self.bounds.min_groups
-        if self.best_missing == 0:
-            bound = usd + self.least_usd(place, load) + self.least_uncovered_usd(place, load)
-            if bound >= self.best_usd * (1 - _CLOSE):
-                return
-        covered = not self.covers
-        if place == len(self.offers) or (load <= _ENOUGH and not lacks_groups and covered):
+        lacking = self.bounds.min_groups - groups
+        if place == len(self.offers) or (load <= _ENOUGH and lacking <= 0 and not self.covers):
             self.take_if_better(groups)
             return
         offer = self.offers[place]
+        pool, zone = offer.pool, offer.spot_zone
         fill = load / offer.capacity
-        high = max(math.ceil(fill - _ENOUGH), self.bounds.min_groups - groups, 0)
-        if not covered:
-            high = max(high, math.ceil(self.need.cover / offer.capacity - _ENOUGH))
-        high = min(self.most(place, groups, hourly), high)
-        zone = offer.spot_zone
-        held = self.by_zone.get(zone, 0.0) if zone is not None else 0.0
-        nearest = sorted(range(high + 1), key=lambda n: (abs(n - fill), n)) if high else (0,)
-        for n in nearest:
-            self.counts[place] = n
-            self.left[offer.pool] = self.left.get(offer.pool, 0) - n * offer.workers
+        useful = max(math.ceil(fill - _ENOUGH), lacking, self.cover_groups[place])
+        most = self.most(place, groups, hourly)
+        left = self.left[pool]
+        held = 0.0 if zone is None else self.by_zone.get(zone, 0.0)
+        for n in _nearest_first(fill, useful if useful < most else most):
+            if not n:
+                cost = usd
+            else:
+                cost = usd + n * offer.usd
+                if n > offer.kept:
+                    cost += (n - offer.kept) * offer.start_usd
+                if cost >= self.enough_usd and not self.best_missing:
+                    self.nodes += 1
+                    continue
+            most_lost = zone_capacity
             if zone is not None:
-                self.by_zone[zone] = held + n * offer.capacity
+                self.by_zone[zone] = lost = held + n * offer.capacity
+                if lost > most_lost:
+                    most_lost = lost
+            self.counts[place] = n
+            self.left[pool] = left - n * offer.workers
             self.descend(
                 place + 1,
                 load - n * offer.capacity,
-                usd + n * offer.usd + max(0, n - offer.kept) * offer.start_usd,
+                cost,
                 groups + n,
                 hourly + n * offer.usd_per_hour,
+                most_lost,
             )
-            self.left[offer.pool] += n * offer.workers
-            self.counts[place] = 0
+        self.counts[place] = 0
+        self.left[pool] = left
         if zone is not None:
             self.by_zone[zone] = held
 
@@ -323,12 +356,22 @@ class _Search:
         if (missing, usd) < (self.best_missing, self.best_usd):
             self.best_counts = list(self.counts)
             self.best_missing, self.best_usd = missing, usd
+            self.enough_usd = usd * (1 - _CLOSE)
 
     def best_mix(self) -> Mix:
         counts = [0] * len(self.asked)
         for place, n in zip(self.order, self.best_counts or self.counts, strict=True):
             counts[place] = n
         return priced(self.asked, self.need, counts)
+
+
+def _nearest_first(fill: float, high: int) -> Sequence[int]:
+    """The numbers up to `high`, of two that are as near the lower one first."""
+    if fill <= 0:
+        return range(high + 1)
+    if abs(high - fill) < abs(high - 1 - fill):
+        return range(high, -1, -1)
+    return sorted(range(high + 1), key=lambda n: abs(n - fill))
 
 
 def _unit_usd(offer: Offer) -> float:
