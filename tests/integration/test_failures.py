@@ -181,7 +181,8 @@ def test_a_stream_whose_group_dies_ends_with_an_error_and_is_paid_for(
             if system.rank(rank["base_url"], "/em/info")["running"]
         ]
         assert len(serving) == 1
-        for pid in replicas(system, serving[0].rpartition("/")[2]):
+        group = serving[0].rpartition("/")[2]
+        for pid in replicas(system, group):
             psutil.Process(pid).kill()
         received += list(lines)
     events = [line for line in received if line.startswith("data:")]
@@ -193,7 +194,7 @@ def test_a_stream_whose_group_dies_ends_with_an_error_and_is_paid_for(
 
     (row,) = wait_until(recorded, 15, "the ledger holds the broken stream")
     assert row["completion_tokens"] >= 5
-    system.until_groups(2)
+    until_restored(system, group)
 
 
 def test_a_killed_raylet_leaves_no_process_of_its_node(system: RunningSystem, key: str) -> None:

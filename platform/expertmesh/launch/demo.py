@@ -264,8 +264,7 @@ class Demo:
             with contextlib.suppress(UpstreamUnavailable):
                 decisions = await view.decisions(20)
                 for decision in sorted(decisions, key=lambda each: int(each["seq"])):
-                    is_new = decision["seq"] > self._told_up_to and not self._is_streaming
-                    if is_new and decision["at_s"] >= self._started_at_s:
+                    if decision["seq"] > self._told_up_to and not self._is_streaming:
                         self._told_up_to = decision["seq"]
                         self._report(f"  decision {decision['seq']}: {decision['reason']}")
             await asyncio.sleep(_POLL_S)

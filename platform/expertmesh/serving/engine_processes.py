@@ -4,10 +4,13 @@ vLLM marks an engine as dead in a thread that first ends what is left of it, and
 never asked may not hear of it. A pidfd says at once, and of each process, that it has ended.
 """
 
+import logging
 import os
 import select
 
 import psutil
+
+_log = logging.getLogger(__name__)
 
 _NAME = "VLLM::"
 """Every process of an engine calls itself so; those of another host are its executor's to watch."""
@@ -28,6 +31,9 @@ class EngineProcesses:
                     self._names[os.pidfd_open(child.pid)] = f"{name} ({child.pid})"
             except (psutil.Error, ProcessLookupError):
                 continue
+            except OSError as error:
+                # vLLM's own watch is left.
+                _log.warning("cannot watch the engine's process %d: %s", child.pid, error)
 
     def ended(self) -> tuple[str, ...]:
         """Names with pids, of all that have ended since they are watched."""

@@ -8,7 +8,7 @@ from expertmesh.core.domain.hardware import Market
 from expertmesh.core.domain.option import GroupRates
 from expertmesh.core.domain.slo import Slo
 from expertmesh.core.scaling.contract import ModelState, ScalingConfig
-from expertmesh.core.scaling.kinds import Kinds, kinds_of, miss_usd_per_hour, offer, option_name
+from expertmesh.core.scaling.kinds import Kinds, kind_of, kinds_of, miss_usd_per_hour, offer
 from expertmesh.core.scaling.learning import Learned
 from expertmesh.core.scaling.work import Work
 
@@ -73,8 +73,9 @@ def test_where_nothing_is_planned_measured_seconds_count_after_a_while(
 
 def test_a_group_of_a_kind_that_is_not_offered_any_more_is_still_one() -> None:
     spec = GroupSpec("em-m-p-1", "tiny", "/m", "gone", Parallelism(1, 4, 4), 1024, 3.0)
-    found = kinds_of(token_config(SMALL, pools=(POOL,)), ModelState(), KNOWN, [spec])
-    foreign = found.named(option_name(spec))
+    known = token_config(SMALL, pools=(POOL,))
+    found = kinds_of(known, ModelState(), KNOWN, [spec])
+    foreign = found.named(kind_of(known, spec))
     assert not foreign.is_offered
     assert foreign.pool is None
     assert foreign.zone is None

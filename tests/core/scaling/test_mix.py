@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -165,6 +166,22 @@ def test_of_two_alike_the_one_that_is_there_stays() -> None:
     first = Offer("first", usd=1.0, **same)  # type: ignore[arg-type]
     there = Offer("there", usd=1.005, kept=1, **same)  # type: ignore[arg-type]
     assert counts(Need(1.0, short_usd=1e3), bounds(), first, there) == (0, 1)
+
+
+def test_only_those_that_are_there_can_be_had_and_need_no_start() -> None:
+    there = replace(spot("a"), start_usd=0.4, kept=3).only(2)
+    assert there == replace(spot("a"), start_usd=0.4, kept=2, limit=2)
+    found = cheapest([there], Need(5.0, short_usd=1e3), bounds())
+    assert (found.counts, found.usd) == ((2,), 2.0 + 3e3)
+
+
+@pytest.mark.parametrize("load", [0.0, 0.4, 1.0, 3.5, 3.500001, 7.2])
+def test_bounds_far_beyond_the_need_change_nothing(load: float) -> None:
+    need = Need(load, short_usd=1e3, cover=load, uncovered_usd=2.0)
+    offers = [spot("a"), spot("b", 1.1), spot(None, 1.7)]
+    assert cheapest(offers, need, bounds(high=20)) == cheapest(
+        offers, need, bounds(high=1 << 30, workers=1 << 30, usd=1e9)
+    )
 
 
 def spot(zone: str | None, usd: float = 1.0) -> Offer:

@@ -130,7 +130,7 @@ def _asks(
     acts = config.rules.mode is ScalingMode.ACT
     movable = movable and decision.demand.live_gateways > 0 and not decision.demand.stale_gateways
     state = decision.state
-    kinds = kinds_of(config, state, state.work, [record.spec for record in usable])
+    kinds = kinds_of(config, state, state.work, [record.spec for record in state.groups])
     worth = _Worth(config, kinds, decision.load.needed)
     have: dict[str, int] = {}
     for record in usable:
@@ -257,6 +257,13 @@ class _Table:
             ),
             key=lambda seat: seat.order,
         )
+        self.seats_of: dict[str, list[_Seat]] = {bid.model: [] for bid in self.bids}
+        for seat in self.seats:
+            self.seats_of[seat.bid.model].append(seat)
+        self.movable = [
+            seat for seat in reversed(self.seats) if seat.ask.is_there and not seat.ask.is_fixed
+        ]
+        """The one of least value first."""
         self.room_now = dict(self.room)
         self.money_now = self.money
         for bid in self.bids:
@@ -304,9 +311,9 @@ class _Table:
 
     def _shed(self) -> None:
         """Where a pool or the budget has become too small for what is there."""
-        for seat in reversed(self.seats):
+        for seat in self.movable:
             place = seat.place
-            if place is None or seat.ask.is_fixed:
+            if place is None:
                 continue
             if self.money < -_CLOSE or self.room.get(place.pool, 0.0) < 0:
                 self._take(seat, place, -1)
@@ -332,14 +339,15 @@ class _Table:
         lacking = place.workers - self.room.get(place.pool, math.inf)
         lacking_usd = place.usd_per_hour - self.money
         victims: list[_Seat] = []
-        for other in reversed(self.seats):
+        for other in self.movable:
             if lacking <= 0 and lacking_usd <= _CLOSE:
                 break
             there = other.place
-            if there is None or not other.ask.is_there or other.ask.is_fixed:
+            if there is None or other.bid is seat.bid:
                 continue
-            if other.bid is seat.bid or not _outranks(seat, place, other, there):
-                continue
+            if not _outranks(seat, place, other, there):
+                # Nor those that follow: they are of higher priority or worth more.
+                break
             if there.pool != place.pool and lacking_usd <= _CLOSE:
                 continue
             victims.append(other)
@@ -360,7 +368,7 @@ class _Table:
 
     def _is_restrained(self, bid: Bid) -> bool:
         """It would start what it may not, or keep what it has to give up."""
-        own = [seat for seat in self.seats if seat.bid is bid]
+        own = self.seats_of[bid.model]
         if any(seat.place is None for seat in own):
             return True
         new = [s.place for s in own if s.place and not s.ask.is_there and not s.waits]
@@ -373,7 +381,7 @@ class _Table:
         ) or (self.budget is not None and bid.starts_usd_per_hour > usd + _CLOSE)
 
     def _grant(self, bid: Bid) -> Grant:
-        own = [seat for seat in self.seats if seat.bid is bid]
+        own = self.seats_of[bid.model]
         workers = dict.fromkeys(sorted({*bid.pools} & {*self.limits}), 0)
         usd = 0.0
         for seat in own:

@@ -77,16 +77,20 @@ class ScalingConfig:
 
     def is_current(self, spec: GroupSpec) -> bool:
         """Whether its option would start it in the same way now: the same model, context length
-        and engine arguments. A group of no option has nothing to be compared with."""
+        and engine arguments. Of a model without options all groups are as they should be."""
         name = option_name(spec.pool, spec.parallelism)
         option = next((each for each in self.options if each.name == name), None)
-        if option is None:
+        if not self.options:
             return True
         if (spec.model_source, spec.max_model_len) != (self.source, self.max_model_len):
             return False
         # A spec that comes back from Serve has been through JSON.
-        return spec.engine == option.engine or (
-            json.dumps(spec.engine, sort_keys=True) == json.dumps(option.engine, sort_keys=True)
+        return (
+            option is None
+            or spec.engine == option.engine
+            or (
+                json.dumps(spec.engine, sort_keys=True) == json.dumps(option.engine, sort_keys=True)
+            )
         )
 
 

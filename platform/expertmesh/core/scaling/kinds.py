@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from expertmesh.core.domain.fleet import GroupSpec
@@ -12,7 +12,7 @@ from expertmesh.core.domain.option import GroupOption, GroupRates
 from expertmesh.core.domain.option import option_name as name_of
 from expertmesh.core.domain.slo import Slo
 from expertmesh.core.scaling.contract import ModelState, ScalingConfig
-from expertmesh.core.scaling.learning import usual_ratio
+from expertmesh.core.scaling.learning import Learned, usual_ratio
 from expertmesh.core.scaling.mix import Offer
 from expertmesh.core.scaling.work import Work
 
@@ -32,7 +32,7 @@ _LEAST_USD = 1e-6
 """Of a group over the horizon: one that costs nothing is still one too many."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Kind:
     option: GroupOption
     rates: GroupRates
@@ -49,12 +49,13 @@ class Kind:
     """False: groups of it run, but it is none of the model's options any more."""
     version: str = ""
     """Of the model and how it is run, where that is not what would be started now."""
+    name: str = field(init=False)
 
-    @cached_property
-    def name(self) -> str:
-        return kind_name(self.option.name, self.version)
+    def __post_init__(self) -> None:
+        # Asked for so often that it is made once.
+        object.__setattr__(self, "name", kind_name(self.option.name, self.version))
 
-    @cached_property
+    @property
     def zone(self) -> str | None:
         """Of spot nodes, that can be lost together."""
         if self.pool is None or self.pool.market is not Market.SPOT:
@@ -87,7 +88,7 @@ class Kinds:
             return unit.seconds / kind.seconds
         return kind.rates.in_flight / unit.rates.in_flight
 
-    @property
+    @cached_property
     def horizon_s(self) -> float:
         longest_s = max((kind.start_s for kind in self.all), default=0.0)
         low_s, high_s = _HORIZON_S
@@ -141,15 +142,17 @@ def kinds_of(
         if name not in options
     }
     everything = options | gone
+    learned = {name: state.learned.get(name) for name in options}
+    learned |= {name: state.learned.get(option.name) for name, option in gone.items()}
     usual = usual_ratio(state.learned.values(), state.seen_at_s)
-    seconds = _seconds(everything, state, work)
+    seconds = _seconds(everything, learned, usual, work)
     kinds = tuple(
         Kind(
             option=option,
             rates=option.rates,
             seconds=seconds[name],
-            ratio=usual * _own_ratio(state, option),
-            lone_tpot_s=option.rates.lone_tpot_s or _lone_tpot_s(state, option),
+            ratio=usual * _own_ratio(learned[name]),
+            lone_tpot_s=option.rates.lone_tpot_s or _lone_tpot_s(learned[name]),
             start_s=state.start_s.get(option.name, option.start_s),
             pool=pools.get(option.pool),
             is_offered=name in options,
@@ -161,13 +164,11 @@ def kinds_of(
     return Kinds(kinds, by_tokens=known)
 
 
-def _own_ratio(state: ModelState, option: GroupOption) -> float:
-    learned = state.learned.get(option.name)
+def _own_ratio(learned: Learned | None) -> float:
     return learned.own_ratio if learned else 1.0
 
 
-def _lone_tpot_s(state: ModelState, option: GroupOption) -> float | None:
-    learned = state.learned.get(option.name)
+def _lone_tpot_s(learned: Learned | None) -> float | None:
     return learned.lone_tpot_s if learned else None
 
 
@@ -183,20 +184,21 @@ def _from_spec(spec: GroupSpec, config: ScalingConfig) -> GroupOption:
 
 
 def _seconds(
-    options: Mapping[str, GroupOption], state: ModelState, work: Work
+    options: Mapping[str, GroupOption],
+    learned: Mapping[str, Learned | None],
+    usual: float,
+    work: Work,
 ) -> dict[str, float | None]:
     """What the plan says, corrected by what the groups do. An option of which nothing is known
     does as much for each worker as one that is known."""
-    usual = usual_ratio(state.learned.values(), state.seen_at_s)
     seconds: dict[str, float | None] = {}
     for name, option in options.items():
-        learned = state.learned.get(option.name)
-        planned = work.seconds(option.rates)
+        planned, own = work.seconds(option.rates), learned[name]
         if planned is not None:
-            seconds[name] = planned * usual * _own_ratio(state, option)
+            seconds[name] = planned * usual * _own_ratio(own)
         else:
-            enough = learned is not None and learned.measured_s >= _ENOUGH_S and work.is_known
-            seconds[name] = learned.seconds if enough and learned else None
+            enough = own is not None and own.measured_s >= _ENOUGH_S and work.is_known
+            seconds[name] = own.seconds if enough and own else None
     known = [(options[name].workers, each) for name, each in seconds.items() if each is not None]
     if known:
         workers, one = known[0]
@@ -221,7 +223,7 @@ def offer(
     start_usd = (option.usd_per_hour + late_usd_per_hour) * kind.start_s / 3600.0
     capacity = kinds.capacity(kind)
     usd = option.usd_per_hour * hours
-    if kind.version:
+    if kind.version and option.name in kinds.by_name:
         usd *= _OLDER
     elif not kind.is_offered:
         usd *= _FOREIGN

@@ -41,6 +41,21 @@ class Offer:
     spot_zone: str | None = None
     """None: it cannot be lost."""
 
+    def only(self, groups: int) -> "Offer":
+        """So many of those that are there, and no more."""
+        return Offer(
+            self.option,
+            self.pool,
+            self.capacity,
+            self.usd,
+            self.start_usd,
+            self.usd_per_hour,
+            self.workers,
+            kept=groups,
+            limit=groups,
+            spot_zone=self.spot_zone,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
@@ -169,10 +184,10 @@ class _Search:
         """What the spot groups so far can do, that a zone's loss would take."""
         self.best_counts: list[int] | None = None
         self.best_usd = math.inf
-        self.enough_usd = math.inf
-        """A mix that costs as much is no better."""
         self.best_missing = math.inf
         """Groups that the best mix has too few for `min_groups`."""
+        self.enough_usd = math.inf
+        """A mix that costs as much is no better than the best."""
         self.nodes = 0
         self.pieces = self._pieces()
         self.pieces_from = [self.pieces]
@@ -183,7 +198,7 @@ class _Search:
             min(pieces[0].usd, need.uncovered_usd) if pieces else need.uncovered_usd
             for pieces in self.pieces_from
         ]
-        """At least, with the offers from each place on, of a load of 1 that a zone's loss leaves."""
+        """Least price of a load of 1 that a zone's loss leaves, with the offers from a place on."""
         lossy = any(offer.spot_zone is not None for offer in offers)
         self.covers = need.uncovered_usd > 0 and (lossy or need.cover > need.load)
         cover = need.cover if self.covers else 0.0
@@ -211,13 +226,17 @@ class _Search:
 
     def most_of(self, offer: Offer, groups: int, hourly: float) -> int:
         """Groups of this offer that limits, room and money allow."""
-        most = min(self.bounds.max_groups - groups, self.left.get(offer.pool, 0) // offer.workers)
+        bounds = self.bounds
+        most = bounds.max_groups - groups
+        room = self.left.get(offer.pool, 0) // offer.workers
+        if room < most:
+            most = room
         if offer.limit is not None and offer.limit < most:
             most = offer.limit
-        if self.bounds.usd_per_hour is not None and offer.usd_per_hour > 0:
-            money = self.bounds.usd_per_hour - hourly + 1e-6
+        if bounds.usd_per_hour is not None and offer.usd_per_hour > 0:
+            money = bounds.usd_per_hour - hourly + 1e-6
             most = min(most, math.floor(money / offer.usd_per_hour))
-        return max(0, most)
+        return most if most > 0 else 0
 
     def is_no_better(self, place: int, load: float, usd: float, zone_capacity: float) -> bool:
         """Whatever is added of the offers from `place` on."""
@@ -242,7 +261,9 @@ class _Search:
                 return usd + load * piece.usd
             usd += piece.capacity * piece.usd
             load -= piece.capacity
-        return usd + load * short_usd if load > _ENOUGH else usd
+            if load <= _ENOUGH:
+                return usd
+        return usd + load * short_usd
 
     def least_uncovered_usd(self, place: int, load: float, zone_capacity: float) -> float:
         """A lower bound on the price of a zone's loss: it is borne, or covered by more groups,
@@ -316,10 +337,11 @@ class _Search:
         pool, zone = offer.pool, offer.spot_zone
         fill = load / offer.capacity
         useful = max(math.ceil(fill - _ENOUGH), lacking, self.cover_groups[place])
-        most = self.most(place, groups, hourly)
+        most = self.most_of(offer, groups, hourly)
         left = self.left[pool]
         held = 0.0 if zone is None else self.by_zone.get(zone, 0.0)
-        for n in _nearest_first(fill, useful if useful < most else most):
+        # All that follows runs ten thousand times a turn of many models.
+        for n in _nearest_first(fill, min(useful, most)):
             if not n:
                 cost = usd
             else:

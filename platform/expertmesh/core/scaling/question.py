@@ -1,5 +1,6 @@
 """What a decision chooses among: the groups that can be had, their price, and the bounds."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -58,9 +59,10 @@ def problem_of(turn: Turn) -> Problem:
     kinds, rules = turn.kinds, turn.rules
     hours = kinds.horizon_s / 3600.0
     miss_usd = _miss_usd_per_hour(turn)
+    losses_per_hour = _losses_per_hour(turn)
     risk = max(
         (
-            _losses_per_hour(turn, kind) * kind.start_s / 3600.0
+            losses_per_hour[kind.zone] * kind.start_s / 3600.0
             for kind in kinds.all
             if kind.zone is not None
         ),
@@ -108,13 +110,14 @@ def _offers(turn: Turn, *, held_back: bool) -> tuple[Offer, ...]:
         # Until a group is ready, a provider serves what would wait.
         miss_usd_per_hour = min(miss_usd_per_hour, external_usd)
     late_usd_per_hour = late * miss_usd_per_hour
+    losses_per_hour = _losses_per_hour(turn)
     kept = turn.counts_of([*turn.active(), *turn.recallable()])
     return tuple(
         offer(
             turn.kinds,
             kind,
             kept[kind.name],
-            _losses_per_hour(turn, kind),
+            losses_per_hour[kind.zone] if kind.zone is not None else 0.0,
             late_usd_per_hour,
             may_start=not held_back or why_held_back(turn, kind) is None,
         )
@@ -141,11 +144,14 @@ def why_held_back(turn: Turn, kind: Kind) -> str | None:
     return None
 
 
-def _losses_per_hour(turn: Turn, kind: Kind) -> float:
-    if kind.zone is None:
-        return 0.0
-    zone = turn.zones.get(kind.zone, Zone(up_since_s=turn.now_s))
-    return zone.losses_per_hour(turn.now_s)
+def _losses_per_hour(turn: Turn) -> dict[str, float]:
+    """By spot zone."""
+    new = Zone(up_since_s=turn.now_s)
+    return {
+        name: turn.zones.get(name, new).losses_per_hour(turn.now_s)
+        for name in {kind.zone for kind in turn.kinds.all}
+        if name is not None
+    }
 
 
 def _workers(turn: Turn, *, granted: bool) -> dict[str, int]:
@@ -155,12 +161,13 @@ def _workers(turn: Turn, *, granted: bool) -> dict[str, int]:
     """
     workers: dict[str, int] = {}
     grant = turn.observation.grant
-    mine = [*turn.active(), *turn.recallable()]
+    own: Counter[str] = Counter()
+    for record in [*turn.active(), *turn.recallable()]:
+        own[record.spec.pool] += workers_of(record.spec.parallelism)
     for name in {kind.option.pool for kind in turn.kinds.all}:
-        own = sum(workers_of(r.spec.parallelism) for r in mine if r.spec.pool == name)
         pool = turn.pools.get(name)
         room = turn.room_in(pool) if pool else None
-        workers[name] = max(0, own + (room or 0))
+        workers[name] = max(0, own[name] + (room or 0))
         if granted and grant is not None and name in grant.workers:
             workers[name] = min(workers[name], grant.workers[name])
     return workers

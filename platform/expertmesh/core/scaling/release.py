@@ -5,9 +5,10 @@ import math
 from expertmesh.core.domain.fleet import GroupState
 from expertmesh.core.scaling.contract import ActionKind, Binding, GroupRecord, workers_of
 from expertmesh.core.scaling.demand import is_drained
+from expertmesh.core.scaling.kinds import option_name
 from expertmesh.core.scaling.lifecycle import enter
 from expertmesh.core.scaling.naming import number_of
-from expertmesh.core.scaling.turn import CENT_OF_A_CENT_USD, Turn
+from expertmesh.core.scaling.turn import CENT_OF_A_CENT_USD, Turn, age_key
 
 _LONG_REQUEST = 3.0
 """Times the mean request at its targets: nearly all are shorter."""
@@ -44,7 +45,7 @@ def leave_taken_nodes(turn: Turn) -> None:
     serving = turn.in_state(GroupState.READY)
     capacity = sum(turn.kinds.capacity(turn.kind_of(record)) for record in serving)
     in_use = turn.load.held > 0 or turn.rules.min_groups > 0
-    for record in list(serving):
+    for record in sorted(serving, key=lambda each: (each.leaving_at_s or 0.0, age_key(each))):
         if record.leaving_at_s is None:
             continue
         left_s = max(0.0, record.leaving_at_s - turn.now_s)
@@ -83,15 +84,34 @@ def release(turn: Turn) -> None:
         for (name, keep), there in zip(turn.target.kept.items(), turn.there, strict=True)
     }
     fresh = {action.group for action in turn.actions}
+    rolls = any(not turn.config.is_current(record.spec) for record in turn.active())
     for record in sorted(turn.active(), key=release_key):
         name = turn.kind_name(record)
         if surplus[name] <= 0 or record.spec.name in fresh:
             continue
         broken = record.state is GroupState.LOST
+        if rolls and not forced and not broken and turn.config.is_current(record.spec):
+            # It came to replace an older one, which is the one to go.
+            continue
         if not forced and not broken and (growing or not _is_dispensable(turn, record)):
             continue
         surplus[name] -= 1
-        _let_go(turn, record, forced)
+        _let_go(turn, _unready_like(turn, record, fresh) if forced else record, forced)
+
+
+def _unready_like(turn: Turn, record: GroupRecord, fresh: set[str]) -> GroupRecord:
+    """In place of one that serves, one that takes as much and only starts: an older version and
+    the one that is to replace it are of two kinds."""
+    if record.state is not GroupState.READY:
+        return record
+    starting = (
+        other
+        for other in turn.active()
+        if other.state is GroupState.STARTING
+        and option_name(other.spec) == option_name(record.spec)
+        and other.spec.name not in fresh
+    )
+    return next(starting, record)
 
 
 def _is_starting_more(turn: Turn) -> bool:

@@ -51,7 +51,10 @@ def _recall(turn: Turn, record: GroupRecord) -> None:
 def why_not_start(turn: Turn, kind: Kind) -> str | None:
     """What draining groups still occupy and cost, the target does not know."""
     option = kind.option
-    staying = sum(record.removed_at_s is None for record in turn.groups.values())
+    staying = sum(
+        record.removed_at_s is None and record.leaving_at_s is None
+        for record in turn.groups.values()
+    )
     if staying >= turn.rules.max_groups:
         return f"{groups(staying)} of at most {turn.rules.max_groups} are still there"
     pool = turn.pools.get(option.pool)

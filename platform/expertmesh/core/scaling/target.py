@@ -93,7 +93,7 @@ def _reachable(problem: Problem) -> Mix:
     both = tuple(max(n, there) for n, there in zip(mix.counts, problem.active, strict=True))
     if fits(offers, loose, both) or not fits(offers, loose, problem.active):
         return mix
-    fewer = cheapest([replace(offer, limit=offer.kept) for offer in offers], need, bounds)
+    fewer = cheapest([offer.only(offer.kept) for offer in offers], need, bounds)
     return min(fewer, _with_more(problem), key=lambda found: (_lacks(bounds, found), found.usd))
 
 
@@ -140,10 +140,7 @@ def _kept(problem: Problem, mix: Mix, external: bool) -> tuple[int, ...]:
     """The cheapest part of what there is that carries the load of the last while."""
     if external:
         return (0,) * len(problem.offers)
-    there = tuple(
-        replace(offer, limit=n, kept=n)
-        for n, offer in zip(problem.active, problem.offers, strict=True)
-    )
+    there = [offer.only(n) for n, offer in zip(problem.active, problem.offers, strict=True)]
     held = replace(problem.with_needs(), load=max(problem.held_load, problem.need.load))
     return cheapest(there, held, problem.bounds).counts
 

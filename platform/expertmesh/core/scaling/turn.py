@@ -157,7 +157,7 @@ class Turn:
         ]
 
     def seen_of(self, record: GroupRecord) -> GroupSeen:
-        return self.seen.get(record.spec.name, GroupSeen(record.spec.name, None))
+        return self.seen.get(record.spec.name) or GroupSeen(record.spec.name, None)
 
     def in_flight(self, record: GroupRecord) -> int:
         name = record.spec.name
