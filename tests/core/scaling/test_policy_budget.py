@@ -17,7 +17,7 @@ from tests.core.scaling.world import (
 )
 
 from expertmesh.core.domain.fleet import GroupState
-from expertmesh.core.scaling.contract import Binding, Grant, workers_of
+from expertmesh.core.scaling.contract import ActionKind, Binding, Grant, workers_of
 from expertmesh.core.scaling.spending import DAY_S
 
 NOON_S = 20_000 * DAY_S + DAY_S / 2
@@ -230,3 +230,23 @@ def test_of_many_pools_without_room_the_cheapest_are_named() -> None:
         "no room in pool p2 (1 of 2 workers free), "
         "no room in pool p3 (1 of 2 workers free) and 2 more"
     )
+
+
+def test_a_day_s_budget_that_just_suffices_starts_a_group_once() -> None:
+    world = World(
+        config(
+            pool("only", 0.5, nodes=12),
+            min_groups=1,
+            drain_deadline_s=600.0,
+            usd_per_day_budget=24.5,
+        ),
+        start_s=300.0,
+        now_s=86_400.0 * 100 + 43_200.0,
+    )
+    world.run(600)
+    decisions = []
+    for _ in range(400):
+        world.in_flight = {name: 12 for name in world.serving[:1]}
+        decisions.append(world.step(dt_s=5.0))
+    starts = [a for d in decisions for a in d.actions if a.kind is ActionKind.START]
+    assert len(starts) <= 1

@@ -104,3 +104,14 @@ def test_a_provider_that_takes_nothing_for_it_leaves_no_group() -> None:
     world = world_of(3.0, route(0.0))
     assert world.run(900)[-1].binding is Binding.EXTERNAL
     assert world.state.groups == ()
+
+
+def test_a_group_more_than_the_cheapest_mix_is_let_go_though_a_provider_helps() -> None:
+    world = World(config(route(0.3, ExternalUse.OVERFLOW), min_groups=1), provider=True)
+    world.traffic = Traffic(1.25 * PER_GROUP)
+    world.run(3600)
+    assert len(world.serving) == 1
+    for least, seconds in ((2, 600), (1, 3600)):
+        world.config = replace(world.config, rules=replace(world.config.rules, min_groups=least))
+        world.run(seconds)
+    assert len(world.serving) == 1

@@ -256,3 +256,27 @@ def test_an_hour_of_a_zone_is_counted_once_however_many_pools_are_in_it() -> Non
     before = sum(world.state.zones["a"].watched_h)
     world.run(360)
     assert sum(world.state.zones["a"].watched_h) - before == pytest.approx(0.1, rel=0.02)
+
+
+def test_of_two_that_are_taken_the_one_with_less_time_goes_first() -> None:
+    world = World(token_config(min_groups=2))
+    world.traffic = Traffic(0.3 * PER_GROUP)
+    world.run(600)
+    late, soon = world.serving
+    world.running[late].leaving_at_s = world.now_s + 1800.0
+    world.running[soon].leaving_at_s = world.now_s + 60.0
+    decisions = world.run(40)
+    drained = [a.group for d in decisions for a in d.actions if a.kind is ActionKind.DRAIN]
+    assert drained[0] == soon
+    assert all(any(g.state is GroupState.READY for g in d.state.groups) for d in decisions)
+
+
+@pytest.mark.parametrize("most", [1, 2])
+def test_one_that_will_be_taken_is_not_in_the_way_of_the_one_that_replaces_it(most: int) -> None:
+    world = World(token_config(min_groups=1, max_groups=most))
+    world.traffic = Traffic(0.5 * PER_GROUP)
+    world.run(600)
+    (name,) = world.serving
+    world.running[name].leaving_at_s = world.now_s + 120.0
+    decisions = world.run(100)
+    assert all(any(g.state is GroupState.READY for g in d.state.groups) for d in decisions)

@@ -24,23 +24,25 @@ def test_at_midnight_it_begins_anew_and_what_belongs_to_yesterday_stays_there() 
 def test_the_rate_is_what_is_left_over_the_rest_of_the_day() -> None:
     spending = Spending(20_000, 60.0)
     at_s = MIDNIGHT_S + 12 * 3600
-    assert spending.rate_usd_per_hour(120.0, 0.0, 0.0, at_s) == pytest.approx(5.0)
+    assert spending.rate_usd_per_hour(120.0, 0.0, at_s) == pytest.approx(5.0)
 
 
 def test_what_drains_cost_is_kept_back() -> None:
     spending = Spending(20_000, 60.0)
     at_s = MIDNIGHT_S + 12 * 3600
-    assert spending.rate_usd_per_hour(120.0, 36.0, 1000.0, at_s) == pytest.approx(50 / 12)
+    assert spending.rate_usd_per_hour(120.0, 4800.0, at_s) == pytest.approx(
+        60 * 3600 / (43_200 + 4800)
+    )
 
 
 def test_near_midnight_nothing_is_spent_in_a_rush() -> None:
     at_s = MIDNIGHT_S + DAY_S - 60
-    rate = Spending(20_000, 90.0).rate_usd_per_hour(100.0, 0.0, 0.0, at_s)
+    rate = Spending(20_000, 90.0).rate_usd_per_hour(100.0, 0.0, at_s)
     assert rate == pytest.approx(10.0 * 3600 / 900)
 
 
 def test_a_budget_that_is_spent_is_no_money() -> None:
-    assert Spending(20_000, 101.0).rate_usd_per_hour(100.0, 5.0, 60.0, MIDNIGHT_S + 1) == 0.0
+    assert Spending(20_000, 101.0).rate_usd_per_hour(100.0, 60.0, MIDNIGHT_S + 1) == 0.0
 
 
 @given(
@@ -56,7 +58,7 @@ def test_who_never_costs_more_than_the_rate_or_drains_keeps_the_day(
     spending, now_s = Spending(20_000, 0.0), MIDNIGHT_S
     cost, leaves_at_s = 0.0, 0.0
     for step_s in steps_s:
-        rate = spending.rate_usd_per_hour(budget_usd, cost, drain_s, now_s)
+        rate = spending.rate_usd_per_hour(budget_usd, drain_s, now_s)
         if cost > rate:
             over_s = min(drain_s, MIDNIGHT_S + DAY_S - now_s)
             assert spending.usd + cost * over_s / 3600 <= budget_usd + cost * 600 / 3600 + 1e-6

@@ -198,7 +198,7 @@ def count_spending(turn: Turn) -> None:
         limits.append(turn.rules.usd_per_hour_budget)
     if turn.rules.usd_per_day_budget is not None:
         rate = turn.spending.rate_usd_per_hour(
-            turn.rules.usd_per_day_budget, cost, turn.rules.drain_deadline_s, turn.now_s
+            turn.rules.usd_per_day_budget, turn.rules.drain_deadline_s, turn.now_s
         )
         limits.append(rate)
     turn.usd_per_hour_limit = min(limits, default=None)

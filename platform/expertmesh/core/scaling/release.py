@@ -154,7 +154,10 @@ def _is_dispensable(turn: Turn, record: GroupRecord) -> bool:
     ]
     capacity = sum(turn.kinds.capacity(turn.kind_of(other)) for other in rest)
     least = max(turn.rules.min_groups, int(turn.load.held > 0))
-    return len(rest) >= least and capacity >= min(turn.load.needed, turn.load.ready) - 1e-9
+    return (
+        len(rest) >= least
+        and capacity >= min(turn.carried(turn.load.needed), turn.load.ready) - 1e-9
+    )
 
 
 def _let_go(turn: Turn, record: GroupRecord, forced: bool) -> None:

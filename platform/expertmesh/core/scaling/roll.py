@@ -34,8 +34,8 @@ def _change(turn: Turn, old: GroupRecord) -> None:
     ]
     capacity = sum(turn.kinds.capacity(turn.kind_of(each)) for each in others)
     # One quiet moment is no reason to go below what the last while needed.
-    needed = max(turn.load.needed, turn.load.held)
-    suffice = capacity >= needed - 1e-9 and len(others) >= int(needed > 0)
+    needed = turn.carried(max(turn.load.needed, turn.load.held))
+    suffice = capacity >= needed - 1e-9 and (bool(others) or (needed <= 0 and turn.is_idle()))
     name = old.spec.name
     if suffice and len(others) >= turn.rules.min_groups:
         drain(turn, old, "it runs an older version of the model, and the others carry the load")

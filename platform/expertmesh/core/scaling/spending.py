@@ -23,12 +23,9 @@ class Spending:
             return Spending(today, usd_per_hour * over_s / 3600.0)
         return Spending(today, self.usd + usd_per_hour * over_s / 3600.0)
 
-    def rate_usd_per_hour(
-        self, budget_usd: float, now_usd_per_hour: float, drain_s: float, now_s: float
-    ) -> float:
-        """That the rest of the day allows. What groups cost while they drain is kept back, so that
-        going below a shrinking rate is always still possible."""
+    def rate_usd_per_hour(self, budget_usd: float, drain_s: float, now_s: float) -> float:
+        """That the rest of the day allows, and one more drain: so what groups cost while they drain
+        is always left, and a fleet that is just within the rate stays within it."""
         left_s = (math.floor(now_s / DAY_S) + 1) * DAY_S - now_s
-        kept_usd = now_usd_per_hour * min(drain_s, left_s) / 3600.0
-        left_usd = budget_usd - self.usd - kept_usd
-        return max(0.0, left_usd) * 3600.0 / max(left_s, _SHORTEST_S)
+        over_s = max(left_s, _SHORTEST_S) + min(drain_s, left_s)
+        return max(0.0, budget_usd - self.usd) * 3600.0 / over_s

@@ -191,6 +191,11 @@ class Turn:
         own = sum(self.held_workers(r) for r in self.groups.values() if r.spec.pool == pool.name)
         return room_workers(pool, self.pools_seen.get(pool.name), own)
 
+    def carried(self, load: float) -> float:
+        """Of a load, what the groups are to carry: the target may leave the rest to a provider."""
+        mix = self.target.mix
+        return min(load, mix.capacity) if self.config.external and mix.short > 0 else load
+
     def hold_s(self) -> float:
         if self.rules.down_delay_s is not None:
             return self.rules.down_delay_s
