@@ -41,7 +41,8 @@ async def test_the_page_shows_the_real_group_and_its_chat_streams(
         assert len(await answer.inner_text()) > 20
         # Ranks count what their experts do every few seconds.
         await expect(page.locator(f"{own} svg.heat rect")).not_to_have_count(0, timeout=30_000)
-        await expect(page.locator(f"{own} .heat-note")).to_contain_text("heaviest rank", timeout=30_000)
+        note = page.locator(f"{own} .heat-note")
+        await expect(note).to_contain_text("heaviest rank", timeout=30_000)
 
         newest = page.locator(".decision").first
         await newest.locator("summary").click()
