@@ -93,7 +93,9 @@ def check(
     drained = sum(action.kind is ActionKind.DRAIN for action in decision.actions)
     if drained and budget is None:
         lost = sum(step.before is GroupState.READY for step in decision.transitions) - drained
-        assert len(serving) - lost - drained >= state.wanted, "a needed ready group is not drained"
+        arrived = sum(step.after is GroupState.READY for step in decision.transitions)
+        left = len(serving) + arrived - lost - drained
+        assert left >= state.wanted, "a needed ready group is not drained"
     for step in decision.transitions:
         if step.before is not None:
             assert step.after in LEGAL[step.before]
