@@ -13,7 +13,6 @@ from tests.core.scaling.world import config, pool, size_option
 from expertmesh.core.scaling.contract import ModelState
 from expertmesh.core.scaling.hindsight import (
     Least,
-    Limits,
     Served,
     Way,
     hindsight,
@@ -21,19 +20,20 @@ from expertmesh.core.scaling.hindsight import (
     spread_out,
 )
 from expertmesh.core.scaling.learning import Learned
+from expertmesh.core.scaling.mix import Bounds
 from expertmesh.core.scaling.work import Work
 from expertmesh.simulator.oracle import Least as OracleLeast
 from expertmesh.simulator.oracle import Problem, least_cost
 
 ONE = Way(usd_per_hour=60.0, start_s=120.0, pool="a", workers=1)
 """A dollar a minute, and two for a start."""
-ROOM = Limits(0, 10, {"a": 10})
+ROOM = Bounds(0, 10, {"a": 10})
 
 
 def least(
-    loads: list[float], way: Way = ONE, limits: Limits = ROOM, bin_s: float = 60.0
+    loads: list[float], way: Way = ONE, bounds: Bounds = ROOM, bin_s: float = 60.0
 ) -> float | None:
-    return least_usd([way], limits, [[load] for load in loads], bin_s)
+    return least_usd([way], bounds, [[load] for load in loads], bin_s)
 
 
 def test_nothing_to_do_costs_nothing() -> None:
@@ -55,22 +55,22 @@ def test_a_part_of_a_group_costs_a_whole_one() -> None:
 
 
 def test_the_manifests_minimum_is_paid() -> None:
-    assert least([0.0] * 4, limits=replace(ROOM, min_groups=2)) == pytest.approx(8.0)
+    assert least([0.0] * 4, bounds=replace(ROOM, min_groups=2)) == pytest.approx(8.0)
 
 
 def test_what_the_bounds_do_not_let_through_waits_and_is_done_later() -> None:
-    limits = replace(ROOM, max_groups=1)
-    assert least([3.0, 0.0, 0.0, 0.0], limits=limits) == pytest.approx(3.0)
-    assert least([3.0, 0.0, 0.0, 0.0], limits=Limits(0, 10, {"a": 1})) == pytest.approx(3.0)
+    bounds = replace(ROOM, max_groups=1)
+    assert least([3.0, 0.0, 0.0, 0.0], bounds=bounds) == pytest.approx(3.0)
+    assert least([3.0, 0.0, 0.0, 0.0], bounds=Bounds(0, 10, {"a": 1})) == pytest.approx(3.0)
     budget = replace(ROOM, usd_per_hour=60.0)
-    assert least([3.0, 0.0, 0.0, 0.0], limits=budget) == pytest.approx(3.0)
+    assert least([3.0, 0.0, 0.0, 0.0], bounds=budget) == pytest.approx(3.0)
 
 
 def test_bounds_that_no_fleet_meets_and_too_many_states_have_no_answer() -> None:
-    assert least([1.0], limits=Limits(2, 10, {"a": 1})) is None
+    assert least([1.0], bounds=Bounds(2, 10, {"a": 1})) is None
     ways = [replace(ONE, pool=name) for name in "abcdef"]
-    limits = Limits(0, 60, dict.fromkeys("abcdef", 60))
-    assert least_usd(ways, limits, [[50.0] * 6] * 10, 60.0) is None
+    bounds = Bounds(0, 60, dict.fromkeys("abcdef", 60))
+    assert least_usd(ways, bounds, [[50.0] * 6] * 10, 60.0) is None
 
 
 def test_the_cheaper_pool_is_filled_first_and_pools_are_shared() -> None:
@@ -95,7 +95,7 @@ def test_it_is_what_trying_all_fleets_finds(
 ) -> None:
     loads = [(each, each * of_the_other) for each in work]
     ways = [replace(ONE, start_s=start_s), Way(100.0, 60.0, "b", 1)]
-    found = least_usd(ways, Limits(min_groups, 4, {"a": 4, "b": 4}), loads, 60.0)
+    found = least_usd(ways, Bounds(min_groups, 4, {"a": 4, "b": 4}), loads, 60.0)
     fleets = [f for f in itertools.product(range(5), repeat=2) if min_groups <= sum(f) <= 4]
 
     def serves(fleet: tuple[int, ...], load: tuple[float, float]) -> bool:
@@ -145,7 +145,7 @@ def test_it_is_what_the_simulators_oracle_says(seed: int) -> None:
         )
     )
     assert isinstance(oracle, OracleLeast)
-    found = least_usd(ways, Limits(1, 12, {"a": 6, "b": 6}), loads.tolist(), 60.0)
+    found = least_usd(ways, Bounds(1, 12, {"a": 6, "b": 6}), loads.tolist(), 60.0)
     assert found == pytest.approx(oracle.usd)
 
 

@@ -9,7 +9,7 @@ same minutes at these rates costs less.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from operator import mul
@@ -17,6 +17,7 @@ from operator import mul
 from expertmesh.core.domain.hardware import Market
 from expertmesh.core.scaling.contract import ModelState, ScalingConfig
 from expertmesh.core.scaling.kinds import Kind, Kinds, kinds_of
+from expertmesh.core.scaling.mix import Bounds
 
 _ENOUGH = 1.0 - 1e-9
 """Of the load: rounding must not ask for a further group."""
@@ -68,15 +69,6 @@ class Way:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    min_groups: int
-    max_groups: int
-    workers: Mapping[str, int]
-    """By pool, that it can hold."""
-    usd_per_hour: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Least:
     usd: float
     bin_s: float
@@ -109,7 +101,7 @@ def hindsight(
     spread = spread_out(served, bin_s)
     while kinds.all:
         loads = [_loads(kinds, each, bin_s) for each in spread]
-        usd = least_usd(_ways(kinds), _limits(config), loads, bin_s)
+        usd = least_usd(_ways(kinds), _bounds(config), loads, bin_s)
         if usd is not None:
             return Least(usd, bin_s, kinds.by_tokens)
         if bin_s >= _LONGEST_BIN_S:
@@ -142,7 +134,7 @@ def spread_out(served: Sequence[Served], bin_s: float) -> list[Served]:
 
 
 def least_usd(
-    ways: Sequence[Way], limits: Limits, loads: Sequence[Sequence[float]], bin_s: float
+    ways: Sequence[Way], bounds: Bounds, loads: Sequence[Sequence[float]], bin_s: float
 ) -> float | None:
     """`loads`: by bin, the work in groups of each way alone. None: too many states to look through,
     or the bounds allow none.
@@ -152,13 +144,13 @@ def least_usd(
     """
     if not loads:
         return 0.0
-    shape = _shape(ways, limits, loads)
+    shape = _shape(ways, bounds, loads)
     if math.prod(most + 1 for most in shape) * len(loads) > _MOST_STEPS:
         return None
     states = [
         state
         for state in product(*(range(most + 1) for most in shape))
-        if _is_allowed(state, ways, limits)
+        if _is_allowed(state, ways, bounds)
     ]
     return _cheapest(ways, shape, states, _runs(states, loads), bin_s) if states else None
 
@@ -172,33 +164,33 @@ class _Run:
 
 
 def _shape(
-    ways: Sequence[Way], limits: Limits, loads: Sequence[Sequence[float]]
+    ways: Sequence[Way], bounds: Bounds, loads: Sequence[Sequence[float]]
 ) -> tuple[int, ...]:
     """The most groups of each way that can be of use."""
     return tuple(
         min(
-            limits.max_groups,
-            limits.workers.get(way.pool, 0) // way.workers,
+            bounds.max_groups,
+            bounds.workers.get(way.pool, 0) // way.workers,
             # Work only waits where the bounds above are lower than this.
-            max(limits.min_groups, math.ceil(max(load[index] for load in loads) - 1e-9)),
+            max(bounds.min_groups, math.ceil(max(load[index] for load in loads) - 1e-9)),
         )
         for index, way in enumerate(ways)
     )
 
 
-def _is_allowed(state: tuple[int, ...], ways: Sequence[Way], limits: Limits) -> bool:
+def _is_allowed(state: tuple[int, ...], ways: Sequence[Way], bounds: Bounds) -> bool:
     groups = sum(state)
-    if not limits.min_groups <= groups <= limits.max_groups:
+    if not bounds.min_groups <= groups <= bounds.max_groups:
         return False
     used: dict[str, int] = {}
     for count, way in zip(state, ways, strict=True):
         used[way.pool] = used.get(way.pool, 0) + count * way.workers
-    if any(workers > limits.workers.get(pool, 0) for pool, workers in used.items()):
+    if any(workers > bounds.workers.get(pool, 0) for pool, workers in used.items()):
         return False
-    if limits.usd_per_hour is None:
+    if bounds.usd_per_hour is None:
         return True
     usd = sum(count * way.usd_per_hour for count, way in zip(state, ways, strict=True))
-    return usd <= limits.usd_per_hour * (1 + 1e-9)
+    return usd <= bounds.usd_per_hour * (1 + 1e-9)
 
 
 def _runs(states: Sequence[tuple[int, ...]], loads: Sequence[Sequence[float]]) -> list[_Run]:
@@ -273,8 +265,8 @@ def _ways(kinds: Kinds) -> list[Way]:
     ]
 
 
-def _limits(config: ScalingConfig) -> Limits:
-    return Limits(
+def _bounds(config: ScalingConfig) -> Bounds:
+    return Bounds(
         config.rules.min_groups,
         config.rules.max_groups,
         {
